@@ -1,0 +1,193 @@
+"""The lake: three Delta tables a workload, on a folder or an object store. The only user of deltalake.
+
+    records      raw rows with event time, and the label where it came along
+    predictions  prediction_id, event_time, version, raw inputs, score, action, latency_ms
+    labels       prediction_id, label, arrived (append only; the newest wins)
+
+Appends are atomic and safe beside other writers; a killed append leaves the old version readable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import TableNotFoundError
+
+from noria.errors import LakeError
+from noria.records import DatasetRef, Window
+from noria.schema import ARROW, Schema
+
+Table = Literal["records", "predictions", "labels"]
+TABLES: tuple[Table, ...] = ("records", "predictions", "labels")
+COMPACT_EVERY = 50
+"""Small files that a table may gather before an append compacts it."""
+
+
+@dataclass(frozen=True)
+class Lake:
+    """The tables of one workload below `root` (a path or a URL that deltalake understands)."""
+
+    root: str
+    workload: str
+    schema: Schema
+
+    def address(self, table: Table) -> str:
+        """Where a table lies."""
+        return f"{self.root}/{self.workload}/{table}"
+
+    def append(self, table: Table, rows: pa.Table, *, batch: tuple[str, int] | None = None) -> bool:
+        """Append rows in one atomic commit.
+
+        `batch` names them (source, increasing number): a batch that was appended before is not appended again, so a
+        writer that was killed may repeat itself. Returns whether rows were written.
+        """
+        if not len(rows) and batch is None:
+            return False
+        if batch is not None and self.appended(table, batch[0]) >= batch[1]:
+            return False
+        properties = CommitProperties(app_transactions=[Transaction(*batch)]) if batch else None
+        write_deltalake(self.address(table), rows, mode="append", schema_mode="merge", commit_properties=properties)
+        return True
+
+    def appended(self, table: Table, source: str) -> int:
+        """The number of the last batch that `source` appended; -1 when there is none."""
+        opened = self._open(table)
+        number = opened.transaction_version(source) if opened else None
+        return -1 if number is None else int(number)
+
+    def compact(self, *tables: Table) -> None:
+        """Merge small files where they have become many; readers and earlier versions are not disturbed."""
+        for table in tables or TABLES:
+            opened = self._open(table)
+            if opened and len(opened.file_uris()) >= COMPACT_EVERY:
+                opened.optimize.compact()
+
+    def versions(self) -> dict[str, int]:
+        """The current Delta version of each table; -1 where there is no table yet."""
+        opened = {table: self._open(table) for table in TABLES}
+        return {table: found.version() if found else -1 for table, found in opened.items()}
+
+    def records(self, window: Window, version: int | None = None) -> pa.Table:
+        """Raw records whose event time is in the window, oldest first."""
+        return self._read("records", version, window, self.schema.event_time)
+
+    def predictions(self, window: Window, version: int | None = None) -> pa.Table:
+        """Logged predictions whose event time is in the window, oldest first; one row a prediction id."""
+        rows = self._read("predictions", version, window, "event_time")
+        return _unique(rows, "prediction_id") if len(rows) else rows
+
+    def labels(self, as_of: datetime, version: int | None = None) -> pa.Table:
+        """The newest label of each prediction id that arrived by `as_of`."""
+        rows = self._read("labels", version, None, "arrived")
+        if not len(rows):
+            return rows
+        rows = rows.filter(pc.less_equal(rows.column("arrived"), pa.scalar(as_of, ARROW["timestamp"])))
+        return _unique(rows.sort_by([("arrived", "descending")]), "prediction_id")
+
+    def judged(self, window: Window, as_of: datetime, versions: dict[str, int] | None = None) -> pa.Table:
+        """Predictions of the window joined with their labels: the predictions' columns and `label`."""
+        chosen = versions or {}
+        rows = self.predictions(window, chosen.get("predictions"))
+        labels = self.labels(as_of, chosen.get("labels"))
+        if not len(rows) or not len(labels):
+            return rows.slice(0, 0).append_column("label", pa.array([], pa.float64()))
+        joined = rows.join(labels.select(["prediction_id", "label"]), "prediction_id", join_type="inner")
+        return joined.sort_by([("event_time", "ascending"), ("prediction_id", "ascending")])
+
+    def dataset(self, window: Window, as_of: datetime) -> tuple[DatasetRef, pa.Table]:
+        """Labelled rows of a window as known at `as_of` (records with a label, and predictions joined with theirs),
+        and the reference that reads the same rows back for ever."""
+        versions = self.versions()
+        rows = self._labelled(window, as_of, versions)
+        return DatasetRef(self.workload, window, as_of, versions, len(rows), _fingerprint(rows)), rows
+
+    def read(self, ref: DatasetRef) -> pa.Table:
+        """The rows that a reference names.
+
+        Raises:
+            LakeError: the lake no longer holds exactly these rows.
+        """
+        rows = self._labelled(ref.window, ref.as_of, dict(ref.versions))
+        if _fingerprint(rows) != ref.fingerprint:
+            raise LakeError(
+                f"The lake no longer holds the {ref.rows} rows of {ref.workload} {ref.window} (found {len(rows)}); "
+                "were the tables vacuumed or restored from a backup?"
+            )
+        return rows
+
+    def _labelled(self, window: Window, as_of: datetime, versions: dict[str, int]) -> pa.Table:
+        target, time = self.schema.target, self.schema.event_time
+        recorded = self.records(window, versions["records"])
+        if target in recorded.column_names:
+            recorded = recorded.filter(pc.is_valid(recorded.column(target)))
+        else:
+            recorded = recorded.slice(0, 0)
+        judged = self.judged(window, as_of, versions)
+        if time not in judged.column_names and "event_time" in judged.column_names:
+            judged = judged.append_column(time, judged.column("event_time"))
+        wanted = [name for name in dict.fromkeys([*self.schema.names, time]) if name in judged.column_names]
+        served = judged.select(wanted).append_column(target, judged.column("label"))
+        known = [part for part in (recorded, served) if len(part)]
+        if not known:
+            return self.schema.arrow().empty_table()
+        rows = pa.concat_tables(known, promote_options="permissive")
+        return rows.take(pc.sort_indices(rows, [(name, "ascending") for name in _sortable(rows, time)]))
+
+    def _open(self, table: Table, version: int | None = None) -> DeltaTable | None:
+        try:
+            return DeltaTable(self.address(table), version=version)
+        except TableNotFoundError:
+            return None
+
+    def _read(self, table: Table, version: int | None, window: Window | None, time: str) -> pa.Table:
+        opened = None if version == -1 else self._open(table, version)
+        if opened is None:
+            return self._empty(table)
+        filters = [(time, ">=", window.start), (time, "<", window.end)] if window else None
+        rows = opened.to_pyarrow_table(filters=filters)
+        return rows.sort_by([(time, "ascending")])
+
+    def _empty(self, table: Table) -> pa.Table:
+        """A table that nobody wrote yet reads as no rows, with its columns."""
+        text, number, time = pa.string(), pa.float64(), ARROW["timestamp"]
+        if table == "labels":
+            return pa.schema({"prediction_id": text, "label": number, "arrived": time}).empty_table()
+        raw = self.schema.arrow()
+        if table == "records":
+            return raw.empty_table()
+        inputs = [raw.field(name) for name in self.schema.names]
+        logged = [("prediction_id", text), ("event_time", time), ("version", pa.int64()), ("score", number),
+                  ("action", text), ("latency_ms", number)]  # fmt: skip
+        return pa.schema([*(pa.field(*entry) for entry in logged), *inputs]).empty_table()
+
+
+def _unique(rows: pa.Table, key: str) -> pa.Table:
+    """The first row of each key, in the table's order."""
+    numbered = rows.select([key]).append_column("_row", pa.array(range(len(rows)), pa.int64()))
+    first = numbered.group_by(key).aggregate([("_row", "min")]).column("_row_min").combine_chunks()
+    return rows.take(first.take(pc.sort_indices(first)))
+
+
+def _sortable(rows: pa.Table, time: str) -> Sequence[str]:
+    """Column order that makes the rows' order depend on nothing but the rows."""
+    return [time, *sorted(name for name in rows.column_names if name != time)]
+
+
+def _fingerprint(rows: pa.Table) -> str:
+    digest = hashlib.sha256()
+    names = sorted(rows.column_names)
+    ordered = rows.select(names).combine_chunks()
+    digest.update(str(ordered.schema.remove_metadata()).encode())
+    for batch in ordered.to_batches(max_chunksize=65_536):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""Every choice that a workload may override, each with a default that makes sense for a workload never seen before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a candidate is trained."""
+
+    windows: tuple[timedelta, ...] = (timedelta(weeks=26), timedelta(weeks=13), timedelta(weeks=4), timedelta(weeks=2))
+    """Training windows to choose from, longest first; the one whose cheap model is best on the newest rows wins."""
+    minimum_rows: int = 1_000
+    """Fewer labelled rows after cleaning: no training."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, validation and test, in order of time."""
+    epochs: int = 20
+    batch_size: int = 1024
+    learning_rate: float = 4e-3
+    weight_decay: float = 1e-4
+    patience: int = 4
+    """Epochs without a better validation loss before training stops."""
+    mask: float = 0.02
+    """Share of inputs replaced by missing in training, so that missing is learnt before it comes."""
+    hidden: tuple[int, ...] = (64, 64)
+    embedding: int = 16
+    """Largest embedding width; small vocabularies get smaller ones."""
+    vocabulary: int = 20_000
+    """Most levels (or words) kept per column; the rest share one index."""
+    words: int = 256
+    """Words read of a text column."""
+    seed: int = 0
+    workers: int = 1
+    """Training processes (DDP)."""
+    warm_start: bool = False
+    """Begin with the champion's weights."""
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """When a candidate may replace the champion."""
+
+    margin: float = 0.02
+    """Least relative improvement (point estimate) over the champion."""
+    level: float = 0.95
+    """Level of the paired bootstrap interval, whose lower end must be above zero."""
+    minimum_rows: int = 200
+    """Fewer common labelled rows: refused."""
+    baseline_tolerance: float = 0.0
+    """How much worse than the naive baseline a candidate may be, relative; 0: not at all."""
+    slice_tolerance: float = 0.10
+    """How much worse than the champion a candidate may be on a slice, relative, with certainty at `level`."""
+    slice_rows: int = 50
+    """Smaller slices are not judged."""
+
+
+@dataclass(frozen=True)
+class DriftOptions:
+    """What counts as drift of the inputs and of the predictions."""
+
+    window: timedelta = timedelta(weeks=1)
+    """Length of a watched window; the reference is cut into periods of this length to learn how much they differ."""
+    false_alarms: float = 0.05
+    """Budget: share of calm windows that may raise a drift alarm, over all columns together."""
+    minimum_rows: int = 200
+    """Fewer rows: the verdict is unknown."""
+    bins: int = 10
+    """Quantile bins of a numeric column; levels of a category beyond its most frequent ones share one bin."""
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """When a retrain is asked for."""
+
+    error_tolerance: float = 0.5
+    """Quality alarm when the error interval's lower end is above reference x (1 + this)."""
+    bias_tolerance: float = 0.5
+    """Quality alarm when the mean residual is surely further from the reference's than this many reference spreads."""
+    minimum_labels: int = 200
+    """Fewer labelled rows of the serving version: quality is unknown."""
+    cooldown: timedelta = timedelta(0)
+    """Least time between two retrain requests."""
+    maximum_age: timedelta | None = None
+    """Older champions are retrained whatever the evidence; None: age is no reason."""
+    retrain_on_drift: bool = True
+    """Whether drift alone, while quality is unknown, asks for a retrain. Known good quality always outweighs drift."""
+    probation: timedelta = timedelta(weeks=8)
+    """After a promotion that followed an alarm, a retrain is asked for at every watch until the gate refuses one, or this long."""
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Cron expressions (UTC) of the deployments; None: no schedule. Changes made in the Prefect UI win."""
+
+    watch: str | None = "0 6 * * 1"
+    retrain: str | None = None
+    batch: str | None = None

@@ -1,0 +1,108 @@
+"""Where things run. The only file that reads the environment.
+
+*What* runs (workloads, policies) is code; *where* it runs is here. Every setting is an environment variable with the
+prefix ``NORIA_``, for example ``NORIA_HOME=/srv/noria``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from noria.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """Attributes are the reference: name, default, meaning."""
+
+    model_config = SettingsConfigDict(env_prefix="NORIA_", frozen=True, extra="ignore")
+
+    home: Path = Path(".noria")
+    """The one folder that holds everything noria writes: lake, MLflow, Prefect, Evidently, Ray, logs."""
+
+    cache: Path = Path("~/.cache/noria")
+    """Downloaded source data, shared by every home; safe to delete."""
+
+    mlflow_uri: str = ""
+    """Address of the MLflow server; empty: the one that `noria up` started in this home."""
+
+    prefect_url: str = ""
+    """Address of the Prefect API, ending in /api; empty: the one that `noria up` started in this home."""
+
+    ray_address: str = ""
+    """Address of a Ray cluster; empty: the one that `noria up` started, or a local one made for the process."""
+
+    serving_url: str = ""
+    """Address of noria's server; empty: the one that `noria up` started in this home."""
+
+    providers: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ONNX Runtime runs: `cuda` where there is none is an error, `auto` takes a GPU where there is one."""
+
+    poll_seconds: float = Field(default=1.0, gt=0, le=3)
+    """How often the server reads the aliases."""
+
+    workloads: str = "workloads.taxi:WORKLOAD,workloads.spam:WORKLOAD"
+    """Import strings of the workloads that `noria up` deploys, separated by commas."""
+
+    @property
+    def root(self) -> Path:
+        """The home folder as an absolute path."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def lake(self) -> Path:
+        """Folder of the lake's tables."""
+        return self.root / "lake"
+
+    @property
+    def evidently(self) -> Path:
+        """Folder of the Evidently workspace."""
+        return self.root / "evidently"
+
+    @property
+    def bundles(self) -> Path:
+        """Folder where fetched bundles are kept, one folder a version."""
+        return self.root / "bundles"
+
+    @property
+    def serving(self) -> Path:
+        """Folder of the server's state: what should serve, what serves, the log not yet in the lake."""
+        return self.root / "serving"
+
+    @property
+    def downloads(self) -> Path:
+        """Folder of downloaded source data."""
+        return self.cache.expanduser().absolute()
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """The import strings of `workloads`, one by one."""
+        return tuple(part.strip() for part in self.workloads.split(",") if part.strip())
+
+
+def load_settings(**changes: object) -> Settings:
+    """Settings from the environment, with `changes` on top.
+
+    Raises:
+        SettingsError: a value is malformed; the sentence names the variable.
+    """
+    try:
+        return Settings(**changes)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "NORIA_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise SettingsError(f"{name} is not usable: {first['msg']}. Correct it or unset it.") from None
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """This process's environment with `extra` on top: what a started service gets."""
+    return {**os.environ, **extra}
+
+
+def export(**variables: str) -> None:
+    """Set variables that libraries read from the environment (for example PREFECT_API_URL) before they are imported."""
+    os.environ.update(variables)
