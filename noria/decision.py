@@ -1,12 +1,13 @@
 """From a score to an action: ordered bands, declared as data, carried in the bundle.
 
-    Bands((Band("spam", 0.9), Band("review", 0.5)), otherwise="inbox")
+Bands((Band("spam", 0.9), Band("review", 0.5)), otherwise="inbox")
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Bands:
 
     def __post_init__(self) -> None:
         limits = [band.above for band in self.bands]
-        if any(high <= low for high, low in zip(limits, limits[1:], strict=False)):
+        if any(high <= low for high, low in pairwise(limits)):
             raise WorkloadError(f"Bands must be ordered from the highest limit to the lowest, and differ: {limits}.")
         if self.bands and not self.otherwise:
             raise WorkloadError("Bands need `otherwise`: the action of a score below every band.")
@@ -46,7 +47,10 @@ class Bands:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data; `from_json` reads it back equal."""
-        return {"bands": [{"action": band.action, "above": band.above} for band in self.bands], "otherwise": self.otherwise}
+        return {
+            "bands": [{"action": band.action, "above": band.above} for band in self.bands],
+            "otherwise": self.otherwise,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Bands:

@@ -19,20 +19,24 @@ EDGE = 1e-7
 def row_losses(loss: Loss, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Loss of each row, in the target's unit (absolute_error), squared, or nats (log_loss)."""
     labels, scores = labels.astype(np.float64), scores.astype(np.float64)
+    losses: np.ndarray
     if loss == "absolute_error":
-        return np.abs(labels - scores)
-    if loss in ("squared_error", "brier"):
-        return (labels - scores) ** 2
-    scores = np.clip(scores, EDGE, 1 - EDGE)
-    return -(labels * np.log(scores) + (1 - labels) * np.log(1 - scores))
+        losses = np.abs(labels - scores)
+    elif loss in ("squared_error", "brier"):
+        losses = (labels - scores) ** 2
+    else:
+        scores = np.clip(scores, EDGE, 1 - EDGE)
+        losses = -(labels * np.log(scores) + (1 - labels) * np.log(1 - scores))
+    return losses
 
 
 def residuals(labels: np.ndarray, scores: np.ndarray, *, log: bool) -> np.ndarray:
     """Signed residual of each row; positive: the truth is above the prediction."""
     labels, scores = labels.astype(np.float64), scores.astype(np.float64)
     if log:
-        return np.log(np.maximum(labels, EDGE)) - np.log(np.maximum(scores, EDGE))
-    return labels - scores
+        labels, scores = np.log(np.maximum(labels, EDGE)), np.log(np.maximum(scores, EDGE))
+    difference: np.ndarray = labels - scores
+    return difference
 
 
 def bootstrap(values: np.ndarray, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
@@ -48,7 +52,7 @@ def bootstrap(values: np.ndarray, *, resamples: int = 1000, level: float = 0.95,
 
 
 def regression_metrics(labels: np.ndarray, scores: np.ndarray, *, log: bool) -> dict[str, float]:
-    """Mean absolute error, root mean squared error, WAPE (sum of errors / sum of truths), mean and spread of residuals."""
+    """Mean absolute and root mean squared error, WAPE (sum of errors / sum of truths), mean and spread of residuals."""
     errors, rest = np.abs(labels - scores), residuals(labels, scores, log=log)
     return {
         "mae": float(errors.mean()),
@@ -87,6 +91,7 @@ def evaluate(
 
     Slices without rows are left out.
     """
+
     def measure(mask: np.ndarray) -> dict[str, float]:
         truth, score = labels[mask], scores[mask]
         shown = regression_metrics(truth, score, log=log) if task == "regression" else binary_metrics(truth, score)

@@ -87,7 +87,8 @@ class PolicyOptions:
     retrain_on_drift: bool = True
     """Whether drift alone, while quality is unknown, asks for a retrain. Known good quality always outweighs drift."""
     probation: timedelta = timedelta(weeks=8)
-    """After a promotion that followed an alarm, a retrain is asked for at every watch until the gate refuses one, or this long."""
+    """After a promotion that followed an alarm, a retrain is asked for at every watch until the gate refuses one,
+    or for this long."""
 
 
 @dataclass(frozen=True)

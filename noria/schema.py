@@ -1,80 +1,38 @@
-"""What a raw record looks like: names, types, ranges; and the one place where records become tensors and back.
+"""What a raw record looks like, and the one place where records become tensors and back.
 
-A missing value is a value here, and each type has one way to say it inside the ONNX graph:
-
-    type        Arrow               tensor        missing
-    number      double              float32 [n]   NaN
-    integer     int64 (an id)       int64   [n]   MISSING_INTEGER
-    string      string (a level)    string  [n]   ""
-    text        string (free text)  string  [n]   ""
-    timestamp   timestamp[us, UTC]  int64   [n]   MISSING_INTEGER; epoch seconds otherwise
+A missing value is a value here; `noria.column` says how each type spells it.
 
 Not here: what the columns mean to a model (`training.preprocess`) and cleaning rules (`noria.workload`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from noria.column import (
+    ARROW,
+    MISSING,
+    MISSING_INTEGER,
+    NUMPY,
+    Column,
+    Kind,
+    Tensors,
+    cast,
+    parse_time,
+    parse_value,
+    refuse,
+    to_array,
+    to_tensor,
+)
 from noria.errors import SchemaError
 
-MISSING_INTEGER = -(2**63)
-Kind = Literal["number", "integer", "string", "text", "timestamp"]
-Tensors = dict[str, np.ndarray]
-
-ARROW: dict[str, pa.DataType] = {
-    "number": pa.float64(),
-    "integer": pa.int64(),
-    "string": pa.string(),
-    "text": pa.string(),
-    "timestamp": pa.timestamp("us", tz="UTC"),
-}
-NUMPY: dict[str, Any] = {
-    "number": np.float32,
-    "integer": np.int64,
-    "string": np.object_,
-    "text": np.object_,
-    "timestamp": np.int64,
-}
-MISSING: dict[str, Any] = {
-    "number": math.nan,
-    "integer": MISSING_INTEGER,
-    "string": "",
-    "text": "",
-    "timestamp": MISSING_INTEGER,
-}
-FORMS = {
-    "number": "a number",
-    "integer": "a whole number",
-    "string": "a string",
-    "text": "a string",
-    "timestamp": "an ISO 8601 time such as 2020-03-15T08:30:00 or whole seconds since 1970",
-}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One raw column that the model reads."""
-
-    name: str
-    kind: Kind
-    required: bool = False
-    """A record without it is refused."""
-    low: float | None = None
-    """Smallest value accepted, inclusive (number, integer)."""
-    high: float | None = None
-    """Largest value accepted, inclusive (number, integer)."""
-    description: str = ""
-    example: Any = None
-    """A valid value, shown in the server's documentation page."""
+__all__ = ["ARROW", "MISSING", "MISSING_INTEGER", "NUMPY", "Column", "Kind", "Schema", "Tensors", "parse_time"]
 
 
 @dataclass(frozen=True)
@@ -129,20 +87,22 @@ class Schema:
             if field.name not in table.column_names:
                 if field.name == self.target:
                     continue
-                raise SchemaError(f"The data has no column '{field.name}'; add it or remove it from the schema.", field.name)
+                raise SchemaError(
+                    f"The data has no column '{field.name}'; add it or remove it from the schema.", field.name
+                )
             index = table.column_names.index(field.name)
             try:
-                cast = _cast(table.column(index), field.type)
+                converted = cast(table.column(index), field.type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise SchemaError(
                     f"Column '{field.name}' holds {table.column(index).type}, the schema wants {field.type}: {error}",
                     field.name,
                 ) from None
-            table = table.set_column(index, field, cast)
+            table = table.set_column(index, field, converted)
         return table
 
     def violations(self, table: pa.Table) -> dict[str, int]:
-        """Rows of a conforming table that break a column's rule, as `{"distance: below 0": 3}`; empty when none does."""
+        """Rows of a conforming table that break a column's rule, as `{"distance: below 0": 3}`; empty: none does."""
         found: dict[str, int] = {}
         for column in self.columns:
             values = table.column(column.name)
@@ -156,16 +116,16 @@ class Schema:
 
     def tensors(self, table: pa.Table) -> Tensors:
         """The graph's inputs for a table that has the columns: one array of shape [n] a column."""
-        return {column.name: _tensor(column, self._cast_column(column, table)) for column in self.columns}
+        return {column.name: to_tensor(column, self._cast_column(column, table)) for column in self.columns}
 
     def _cast_column(self, column: Column, table: pa.Table) -> pa.Array:
         if column.name not in table.column_names:
             raise SchemaError(f"The data has no column '{column.name}'.", column.name)
-        return _cast(table.column(column.name), ARROW[column.kind]).combine_chunks()
+        return cast(table.column(column.name), ARROW[column.kind]).combine_chunks()
 
     def table(self, tensors: Mapping[str, np.ndarray]) -> pa.Table:
         """The inverse of `tensors`: raw columns with nulls where a value is missing."""
-        return pa.table({column.name: _array(column, tensors[column.name]) for column in self.columns})
+        return pa.table({column.name: to_array(column, tensors[column.name]) for column in self.columns})
 
     def parse(self, records: Sequence[Any]) -> Tensors:
         """The graph's inputs for JSON records (a list of objects), checked value by value.
@@ -188,10 +148,12 @@ class Schema:
                         f"Row {row} has the unknown field '{name}'; known are: {', '.join(self.names)}.", str(name), row
                     )
         return {
-            column.name: np.array([_value(column, record.get(column.name), row) for row, record in enumerate(records)],
-                                  dtype=NUMPY[column.kind])
+            column.name: np.array(
+                [parse_value(column, record.get(column.name), row) for row, record in enumerate(records)],
+                dtype=NUMPY[column.kind],
+            )
             for column in self.columns
-        }  # fmt: skip
+        }
 
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         """The same rules for tensors that arrive as such. Raises SchemaError naming the first field and row."""
@@ -201,15 +163,15 @@ class Schema:
                 missing = values == ""
             elif column.kind == "number":
                 missing = np.isnan(values)
-                _first(column, np.isinf(values), "is not finite")
+                refuse(column, np.isinf(values), "is not finite")
             else:
                 missing = values == MISSING_INTEGER
             if column.required:
-                _first(column, missing, "is missing, and the column is required")
+                refuse(column, missing, "is missing, and the column is required")
             if column.low is not None:
-                _first(column, ~missing & (values < column.low), f"is below {column.low:g}, the least accepted")
+                refuse(column, ~missing & (values < column.low), f"is below {column.low:g}, the least accepted")
             if column.high is not None:
-                _first(column, ~missing & (values > column.high), f"is above {column.high:g}, the most accepted")
+                refuse(column, ~missing & (values > column.high), f"is above {column.high:g}, the most accepted")
 
     def example(self) -> dict[str, Any]:
         """One valid record, from the columns' examples."""
@@ -217,96 +179,13 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data; `from_json` reads it back equal."""
-        return {"columns": [asdict(column) for column in self.columns], "event_time": self.event_time, "target": self.target}
+        return {
+            "columns": [asdict(column) for column in self.columns],
+            "event_time": self.event_time,
+            "target": self.target,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schema:
         """The schema that `to_json` wrote."""
         return cls(tuple(Column(**column) for column in data["columns"]), data["event_time"], data["target"])
-
-
-def parse_time(value: Any) -> int:
-    """Epoch seconds of an ISO 8601 string (UTC where it names no zone) or of whole seconds. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("not a time")
-    if isinstance(value, int):
-        return value
-    moment = datetime.fromisoformat(value)
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
-
-
-def _value(column: Column, value: Any, row: int) -> Any:
-    """One JSON value as the tensor's element."""
-    if value is None or (value == "" and column.kind in ("string", "text")):
-        if column.required:
-            raise SchemaError(f"Row {row} has no '{column.name}', and it is required.", column.name, row)
-        return MISSING[column.kind]
-    if column.kind in ("string", "text"):
-        if isinstance(value, str):
-            return value
-    elif column.kind == "timestamp":
-        try:
-            return _in_int64(parse_time(value))
-        except (ValueError, OverflowError):
-            pass
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if column.kind == "number" and math.isfinite(value) and abs(value) < 3e38:
-            return _in_range(column, value, row)
-        if column.kind == "integer" and value == int(value if math.isfinite(value) else 0) and abs(value) < 2**63:
-            return _in_range(column, int(value), row)
-        if not math.isfinite(value):
-            raise SchemaError(f"Row {row}: '{column.name}' is not finite; send null where it is missing.", column.name, row)
-    shown = repr(value)[:60]
-    raise SchemaError(f"Row {row}: '{column.name}' is {shown}; it must be {FORMS[column.kind]}.", column.name, row)
-
-
-def _in_int64(value: int) -> int:
-    if abs(value) >= 2**53:
-        raise OverflowError
-    return value
-
-
-def _in_range(column: Column, value: float, row: int) -> float:
-    if column.low is not None and value < column.low:
-        raise SchemaError(f"Row {row}: '{column.name}' is {value:g}, below {column.low:g}, the least accepted.", column.name, row)
-    if column.high is not None and value > column.high:
-        raise SchemaError(f"Row {row}: '{column.name}' is {value:g}, above {column.high:g}, the most accepted.", column.name, row)
-    return value
-
-
-def _first(column: Column, broken: np.ndarray, sentence: str) -> None:
-    if broken.any():
-        row = int(np.argmax(broken))
-        raise SchemaError(f"Row {row}: '{column.name}' {sentence}.", column.name, row)
-
-
-def _cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Cast; times without a zone are taken as UTC, strings as ISO 8601."""
-    if pa.types.is_timestamp(kind) and pa.types.is_string(values.type):
-        values = pc.cast(values, pa.timestamp("us"))
-    if pa.types.is_null(values.type):
-        return pa.chunked_array([pa.nulls(len(values), kind)])
-    return values.cast(kind)
-
-
-def _tensor(column: Column, values: pa.Array) -> np.ndarray:
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    if column.kind == "timestamp":
-        # Floor, not cast: whole seconds of a time before 1970 must not round towards zero.
-        micros = values.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
-        return np.where(values.is_null().to_numpy(zero_copy_only=False), MISSING_INTEGER, micros // 1_000_000)
-    filled = values.fill_null(MISSING[column.kind])
-    array: np.ndarray = filled.to_numpy(zero_copy_only=False).astype(NUMPY[column.kind])
-    return array
-
-
-def _array(column: Column, values: np.ndarray) -> pa.Array:
-    if column.kind == "number":
-        return pa.array(values.astype(np.float64), mask=np.isnan(values))
-    if column.kind in ("string", "text"):
-        return pa.array(values, pa.string(), mask=values == "")
-    missing = values == MISSING_INTEGER
-    if column.kind == "integer":
-        return pa.array(values, pa.int64(), mask=missing)
-    return pa.array(np.where(missing, 0, values) * 1_000_000, pa.int64(), mask=missing).cast(ARROW["timestamp"])

@@ -43,7 +43,7 @@ class Rule:
     columns: tuple[str, ...]
     """Columns it reads; where the data lacks one (online records have no fare), the rule does not apply."""
     keep: Callable[[pa.Table], Any]
-    """Table of n rows to a boolean Arrow array [n]; null counts as kept. A module-level function, so that it pickles."""
+    """Table of n rows to a boolean Arrow array [n]; null counts as kept. A module-level function, to pickle."""
 
 
 Scorer = Callable[[pa.Table], np.ndarray]
@@ -74,8 +74,15 @@ class Workload:
     until: ClassVar[datetime | None] = None
     """For a recorded stream: the time at which it ends, which is 'now' where nobody says otherwise."""
 
+    def prepare(self, progress: Callable[[str], None]) -> None:
+        """Fetch what `records` reads, where that takes long; `progress` gets sentences. Done already: returns at once.
+
+        Raises:
+            DataError: the source cannot be fetched; the sentence says what to do.
+        """
+
     def records(self, window: Window) -> pa.Table:
-        """Raw rows whose event time is in the window: the schema's columns, the target where known, and what rules read.
+        """Raw rows of the window (by event time): the schema's columns, the target where known, and what rules read.
 
         Raises:
             DataError: the source cannot be reached; the sentence says what to do.
@@ -116,7 +123,9 @@ def load_object(path: str) -> Any:
         WorkloadError: malformed, no such module or name, or the module fails to import.
     """
     if not re.fullmatch(r"[\w.]+:\w+", path):
-        raise WorkloadError(f"'{path}' is not an import string; write module:NAME, for example workloads.taxi:WORKLOAD.")
+        raise WorkloadError(
+            f"'{path}' is not an import string; write module:NAME, for example workloads.taxi:WORKLOAD."
+        )
     module_name, _, name = path.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -137,7 +146,11 @@ def load(path: str) -> Workload:
         raise WorkloadError(f"'{path}' is {type(workload).__name__}, not an instance of a Workload subclass.")
     for attribute in ("name", "schema", "task"):
         if not hasattr(workload, attribute):
-            raise WorkloadError(f"'{path}' does not set `{attribute}`; every workload states its name, schema and task.")
+            raise WorkloadError(
+                f"'{path}' does not set `{attribute}`; every workload states its name, schema and task."
+            )
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", workload.name):
-        raise WorkloadError(f"'{workload.name}' is not a usable name: lower-case letters, digits and _, a letter first.")
+        raise WorkloadError(
+            f"'{workload.name}' is not a usable name: lower-case letters, digits and _, a letter first."
+        )
     return workload

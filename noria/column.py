@@ -1,0 +1,173 @@
+"""One raw column: its type, how each type says *missing*, and its values as JSON, Arrow and tensor.
+
+    type        Arrow               tensor        missing
+    number      double              float32 [n]   NaN
+    integer     int64 (an id)       int64   [n]   MISSING_INTEGER
+    string      string (a level)    string  [n]   ""
+    text        string (free text)  string  [n]   ""
+    timestamp   timestamp[us, UTC]  int64   [n]   MISSING_INTEGER; epoch seconds otherwise
+
+Not here: how columns form a record (`noria.schema`), what they mean to a model (`training.preprocess`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from noria.errors import SchemaError
+
+MISSING_INTEGER = -(2**63)
+Kind = Literal["number", "integer", "string", "text", "timestamp"]
+Tensors = dict[str, np.ndarray]
+
+ARROW: dict[str, pa.DataType] = {
+    "number": pa.float64(),
+    "integer": pa.int64(),
+    "string": pa.string(),
+    "text": pa.string(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+}
+NUMPY: dict[str, Any] = {
+    "number": np.float32,
+    "integer": np.int64,
+    "string": np.object_,
+    "text": np.object_,
+    "timestamp": np.int64,
+}
+MISSING: dict[str, Any] = {
+    "number": math.nan,
+    "integer": MISSING_INTEGER,
+    "string": "",
+    "text": "",
+    "timestamp": MISSING_INTEGER,
+}
+LARGEST_NUMBER = 3e38
+"""A number's magnitude stays below it, so that it is finite as float32."""
+FORMS = {
+    "number": "a number",
+    "integer": "a whole number",
+    "string": "a string",
+    "text": "a string",
+    "timestamp": "an ISO 8601 time such as 2020-03-15T08:30:00 or whole seconds since 1970",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One raw column that the model reads."""
+
+    name: str
+    kind: Kind
+    required: bool = False
+    """A record without it is refused."""
+    low: float | None = None
+    """Smallest value accepted, inclusive (number, integer)."""
+    high: float | None = None
+    """Largest value accepted, inclusive (number, integer)."""
+    description: str = ""
+    example: Any = None
+    """A valid value, shown in the server's documentation page."""
+
+
+def parse_time(value: Any) -> int:
+    """Epoch seconds of an ISO 8601 string (UTC where it names no zone) or of whole seconds. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("not a time")
+    if isinstance(value, int):
+        return value
+    moment = datetime.fromisoformat(value)
+    # Floor, as in `to_tensor`: a time before 1970 must not round towards zero.
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def parse_value(column: Column, value: Any, row: int) -> Any:
+    """One JSON value as the tensor's element. Raises SchemaError naming the field and the row."""
+    if value is None or (value == "" and column.kind in ("string", "text")):
+        if column.required:
+            raise SchemaError(f"Row {row} has no '{column.name}', and it is required.", column.name, row)
+        return MISSING[column.kind]
+    if column.kind in ("string", "text"):
+        if isinstance(value, str):
+            return value
+    elif column.kind == "timestamp":
+        try:
+            return _in_int64(parse_time(value))
+        except (ValueError, OverflowError):
+            pass
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SchemaError(
+                f"Row {row}: '{column.name}' is not finite; send null where it is missing.", column.name, row
+            )
+        if column.kind == "number" and abs(value) < LARGEST_NUMBER:
+            return _in_range(column, value, row)
+        if column.kind == "integer" and value == int(value) and abs(value) < 2**63:
+            return _in_range(column, int(value), row)
+    shown = repr(value)[:60]
+    raise SchemaError(f"Row {row}: '{column.name}' is {shown}; it must be {FORMS[column.kind]}.", column.name, row)
+
+
+def _in_int64(value: int) -> int:
+    if abs(value) >= 2**53:
+        raise OverflowError
+    return value
+
+
+def _in_range(column: Column, value: float, row: int) -> float:
+    if column.low is not None and value < column.low:
+        raise SchemaError(
+            f"Row {row}: '{column.name}' is {value:g}, below {column.low:g}, the least accepted.", column.name, row
+        )
+    if column.high is not None and value > column.high:
+        raise SchemaError(
+            f"Row {row}: '{column.name}' is {value:g}, above {column.high:g}, the most accepted.", column.name, row
+        )
+    return value
+
+
+def refuse(column: Column, broken: np.ndarray, sentence: str) -> None:
+    """Raise SchemaError with the first row that is `broken` [n]; nothing when none is."""
+    if broken.any():
+        row = int(np.argmax(broken))
+        raise SchemaError(f"Row {row}: '{column.name}' {sentence}.", column.name, row)
+
+
+def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Cast; times without a zone are taken as UTC, strings as ISO 8601."""
+    if pa.types.is_timestamp(kind) and pa.types.is_string(values.type):
+        values = pc.cast(values, pa.timestamp("us"))
+    if pa.types.is_null(values.type):
+        return pa.chunked_array([pa.nulls(len(values), kind)])
+    return values.cast(kind)
+
+
+def to_tensor(column: Column, values: pa.Array) -> np.ndarray:
+    """An Arrow array of the column's type as the graph's input [n]."""
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if column.kind == "timestamp":
+        # Floor, not cast: whole seconds of a time before 1970 must not round towards zero.
+        micros = values.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        return np.where(values.is_null().to_numpy(zero_copy_only=False), MISSING_INTEGER, micros // 1_000_000)
+    filled = values.fill_null(MISSING[column.kind])
+    array: np.ndarray = filled.to_numpy(zero_copy_only=False).astype(NUMPY[column.kind])
+    return array
+
+
+def to_array(column: Column, values: np.ndarray) -> pa.Array:
+    """The inverse of `to_tensor`: nulls where a value is missing."""
+    if column.kind == "number":
+        return pa.array(values.astype(np.float64), mask=np.isnan(values))
+    if column.kind in ("string", "text"):
+        return pa.array(values, pa.string(), mask=values == "")
+    missing = values == MISSING_INTEGER
+    if column.kind == "integer":
+        return pa.array(values, pa.int64(), mask=missing)
+    return pa.array(np.where(missing, 0, values) * 1_000_000, pa.int64(), mask=missing).cast(ARROW["timestamp"])
