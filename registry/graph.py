@@ -1,0 +1,85 @@
+"""What an ONNX file must be before anything runs it: self-contained, standard operators only, and about this schema.
+
+Not here: whether it computes the right thing (`registry.proof`, and parity in training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from noria.errors import BundleError
+from noria.runtime import SCORE
+from noria.schema import Schema
+
+STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+ELEMENTS = {
+    "number": onnx.TensorProto.FLOAT,
+    "integer": onnx.TensorProto.INT64,
+    "string": onnx.TensorProto.STRING,
+    "text": onnx.TensorProto.STRING,
+    "timestamp": onnx.TensorProto.INT64,
+}
+
+
+def check_graph(model: bytes, schema: Schema) -> None:
+    """Refuse a graph that reads other files, needs custom operators, or does not fit the schema.
+
+    Raises:
+        BundleError: says which of these, and where.
+    """
+    try:
+        parsed = onnx.ModelProto.FromString(model)
+    except DecodeError:
+        raise BundleError("model.onnx is not an ONNX model; register the version again.") from None
+    local = {(function.domain, function.name) for function in parsed.functions}
+    bodies = [parsed.graph.node, *(function.node for function in parsed.functions)]
+    for tensor in parsed.graph.initializer:
+        _refuse_external(tensor)
+    for sparse in parsed.graph.sparse_initializer:
+        _refuse_external(sparse.values)
+        _refuse_external(sparse.indices)
+    for node in (node for body in bodies for node in _nodes(body)):
+        if node.domain not in STANDARD and (node.domain, node.op_type) not in local:
+            name = f"{node.domain}.{node.op_type}"
+            raise BundleError(f"model.onnx uses the custom operator '{name}'; export with standard operators only.")
+    _check_inputs(parsed.graph, schema)
+
+
+def _check_inputs(graph: Any, schema: Schema) -> None:
+    kinds = {column.name: column.kind for column in schema.columns}
+    weights = {tensor.name for tensor in graph.initializer}
+    for entry in graph.input:
+        if entry.name in weights:
+            continue
+        if entry.name not in kinds:
+            raise BundleError(f"model.onnx wants the input '{entry.name}', which is no column of the schema.")
+        kind = kinds[entry.name]
+        if entry.type.tensor_type.elem_type != ELEMENTS[kind]:
+            raise BundleError(f"Input '{entry.name}' of model.onnx has another type than the schema's {kind}.")
+    if SCORE not in {entry.name for entry in graph.output}:
+        raise BundleError(f"model.onnx has no output '{SCORE}'; export it with one float32 score a row.")
+
+
+def _nodes(nodes: Any) -> Iterator[Any]:
+    """Every node, those of nested graphs too; tensors met on the way must be inside the file."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for tensor in (attribute.t, *attribute.tensors):
+                _refuse_external(tensor)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                _refuse_external(sparse.values)
+                _refuse_external(sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                for tensor in graph.initializer:
+                    _refuse_external(tensor)
+                yield from _nodes(graph.node)
+
+
+def _refuse_external(tensor: Any) -> None:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+        raise BundleError(f"Tensor '{tensor.name}' of model.onnx lies in another file; export with all weights inside.")
