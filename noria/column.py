@@ -61,7 +61,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One raw column that the model reads."""
+    """One raw column of a record."""
 
     name: str
     kind: Kind
@@ -74,6 +74,8 @@ class Column:
     description: str = ""
     example: Any = None
     """A valid value, shown in the server's documentation page."""
+    feature: bool = True
+    """False: logged, watched and there for slices, but the model does not read it."""
 
 
 def parse_time(value: Any) -> int:

@@ -91,7 +91,8 @@ def fit(schema: Schema, train: pa.Table, options: TrainingOptions) -> Preprocess
     build, raw = graph.Builder(), schema.tensors(train)
     inputs: list[Input] = []
     for column in schema.columns:
-        inputs += _column(build, column, raw[column.name], options)
+        if column.feature:  # the others stay inputs of the graph, so that it takes whole records
+            inputs += _column(build, column, raw[column.name], options)
     outputs = {entry.name: _described(entry) for entry in inputs}
     return Preprocessing(graph.finish(build, {column.name: column.kind for column in schema.columns}, outputs), tuple(inputs))
 
