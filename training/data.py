@@ -61,8 +61,10 @@ def labelled(table: pa.Table, workload: Workload) -> tuple[pa.Table, dict[str, i
     return known.take(pc.array_sort_indices(known.column(time).combine_chunks())), rejected
 
 
-def prepare(table: pa.Table, workload: Workload) -> Prepared:
+def prepare(table: pa.Table, workload: Workload, *, held_out: int | None = None) -> Prepared:
     """Clean, order by time and split; a later part loses the rows that an earlier one already holds.
+
+    With `held_out`, validation and test hold at most that many rows each, and up to a fifth of a short window.
 
     Raises:
         DataError: fewer rows than `workload.training.minimum_rows`, or labels that the task cannot have.
@@ -75,7 +77,11 @@ def prepare(table: pa.Table, workload: Workload) -> Prepared:
             f"'{workload.name}' has {len(rows)} usable labelled rows of {len(table)} ({why}); training needs {least}. "
             "Take a longer window or lower TrainingOptions.minimum_rows."
         )
-    first, second = _borders(rows.column(workload.schema.event_time), workload.training.split)
+    shares = workload.training.split
+    if held_out is not None:
+        share = min(held_out, len(rows) // 5) / len(rows)
+        shares = (1 - 2 * share, share, share)
+    first, second = _borders(rows.column(workload.schema.event_time), shares)
     part = np.repeat(np.arange(3), [first, second - first, len(rows) - second])
     keep = _first_seen(rows.select([*workload.schema.names, workload.schema.target]), part)
     parts = [rows.filter(pa.array(keep & (part == index))) for index in range(3)]

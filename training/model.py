@@ -76,7 +76,10 @@ class Scored(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Tensors in the inputs' order to scores float32 [n]."""
-        output: Tensor = self.network(*tensors)
+        return self.finish(self.network(*tensors))
+
+    def finish(self, output: Tensor) -> Tensor:
+        """The last step alone."""
         if self.link == "sigmoid":
             return torch.sigmoid(output * self.scale + self.center)
         if self.link == "exp":
