@@ -1,0 +1,233 @@
+"""The `noria` command. Each command imports what it needs, so that `noria --help` answers at once.
+
+Exit codes: 0 done; 1 failed, with a sentence on stderr; 2 wrong usage; 3 `status`: the stack is not ready;
+4 `watch`: the policy asks for a retrain or a person; 5 `check`: findings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.site import Site, read_state
+from noria.errors import NoriaError
+
+out, err = Console(), Console(stderr=True)
+GROUPS = ("Everything at once", "The stack", "Models", "Your own workload")
+Name = Annotated[str, typer.Argument(metavar="WORKLOAD", help="A workload's name (taxi, spam) or import string (module:NAME).")]
+Now = Annotated[str | None, typer.Option("--now", help="Act as if it were this ISO time; default: the clock, or a recorded stream's end.")]
+
+
+class Group(typer.core.TyperGroup):
+    """Prints noria's own errors as sentences; anything else is a defect and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NoriaError as error:
+            err.print(f"[bold red]noria:[/] {error}", highlight=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Keeps models fresh by themselves: train, register, serve, watch, retrain; one loop.",
+)  # fmt: skip
+
+
+@app.command(rich_help_panel=GROUPS[0])
+def demo(
+    start: Annotated[str, typer.Option("--from", help="First day of the stream.")] = "2019-12-02",
+    end: Annotated[str, typer.Option("--to", help="Last day of the stream.")] = "2020-06-28",
+    full: Annotated[bool, typer.Option("--full", help="2018-07 to 2020-12 instead; about four times as long.")] = False,
+    label_delay: Annotated[int, typer.Option(min=0, max=8, help="Weeks until the true durations arrive.")] = 1,
+    report: Annotated[Path, typer.Option(help="Where report.html, report.png and report.json go.")] = Path("story"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the stack up at the end, to look around.")] = False,
+) -> None:
+    """Live through New York's taxi trips week by week, with the real parts, and tell the story."""
+    from flows.demo import run_demo
+
+    if full:
+        start, end = "2018-07-02", "2020-12-27"
+    run_demo(Site.here(), out, start=start, end=end, label_delay=label_delay, report=report, keep=keep)
+
+
+@app.command(rich_help_panel=GROUPS[1])
+def up() -> None:
+    """Start the stack (or find the one that runs): Prefect, MLflow, Evidently, Ray, the server, the home page."""
+    from flows.stack import up as start
+
+    with out.status("starting") as status:
+        def tell(ready: dict[str, bool]) -> None:
+            waiting = [name for name, done in ready.items() if not done]
+            status.update(f"{sum(ready.values())} of {len(ready)} ready; waiting for {', '.join(waiting)}" if ready else "starting")
+
+        start(Site.here(), tell=tell)
+    _show_stack(Site.here())
+
+
+@app.command(rich_help_panel=GROUPS[1])
+def down() -> None:
+    """Stop the stack; nothing that it stored is lost."""
+    from flows.stack import down as stop
+
+    with out.status("stopping"):
+        stopped = stop(Site.here())
+    out.print("stopped" if stopped else "nothing was running")
+
+
+@app.command(rich_help_panel=GROUPS[1])
+def status(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """Show what runs where; exit code 3 while something is not ready."""
+    site = Site.here()
+    state = read_state(site.settings.root)
+    running = bool(state.get("services")) and state.get("phase") != "stopped" and _alive(state)
+    if as_json:
+        sys.stdout.write(json.dumps(state if running else {"phase": "stopped", "services": {}}, indent=2) + "\n")
+    elif running:
+        _show_stack(site)
+    else:
+        out.print(f"no stack runs in {site.settings.root}; start one with [bold]noria up[/]")
+    if not running or state["phase"] != "ready":
+        raise typer.Exit(3)
+
+
+@app.command(rich_help_panel=GROUPS[1])
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+) -> None:
+    """Answer requests with whatever the alias `champion` names, and follow it. `noria up` does this too."""
+    from serving.reload import serve as run
+
+    site = Site.here()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    run(site.settings, host=host, port=port, mlflow_url=site.address("mlflow_uri"))
+
+
+@app.command(rich_help_panel=GROUPS[2])
+def train(workload: Name, now: Now = None, reason: Annotated[str, typer.Option(help="Why; kept with the version.")] = "manual") -> None:
+    """Train a candidate, register it, and promote it if the gate lets it pass."""
+    from flows.retrain import retrain
+
+    site = _entered()
+    outcome = retrain(workload=site.path(workload), now=now, reason=reason)
+    out.print(f"version {outcome['version']}: [bold]{outcome['verdict']}[/]")
+    for sentence in outcome["reasons"]:
+        out.print(f"  {sentence}", highlight=False)
+
+
+@app.command(rich_help_panel=GROUPS[2])
+def watch(workload: Name, now: Now = None) -> None:
+    """Judge the champion on the newest window; exit code 4 when a retrain or a person is called for."""
+    from flows.watch import watch as run
+
+    site = _entered()
+    outcome = run(workload=site.path(workload), now=now)
+    out.print(f"{outcome['verdict']} → [bold]{outcome['decision']}[/]")
+    for sentence in outcome["reasons"]:
+        out.print(f"  {sentence}", highlight=False)
+    if outcome["decision"] in ("retrain", "ask"):
+        raise typer.Exit(4)
+
+
+@app.command(rich_help_panel=GROUPS[2])
+def batch(workload: Name, source: Annotated[str, typer.Argument(help="A Parquet file with the raw columns.")], now: Now = None) -> None:
+    """Score a Parquet file with the champion; results beside it, predictions logged like online ones."""
+    from flows.batch import batch as run
+
+    site = _entered()
+    outcome = run(workload=site.path(workload), source=source, now=now)
+    out.print(f"scored {outcome['rows']:,} rows with version {outcome['version']}: {outcome['output']}")
+
+
+@app.command(rich_help_panel=GROUPS[2])
+def promote(workload: Name, version: Annotated[int, typer.Argument(help="The version's number in MLflow.", min=1)]) -> None:
+    """Make a version the champion; the server follows within seconds. The same as moving the alias in MLflow."""
+    from datetime import UTC, datetime
+
+    from registry.promote import promote as move
+    from registry.store import Store
+
+    site = Site.here()
+    store = Store(site.address("mlflow_uri"))
+    move(store, store.get(site.workload(workload).name, version), reason="manual", now=datetime.now(UTC))
+    out.print(f"version {version} is the champion")
+
+
+@app.command(rich_help_panel=GROUPS[2])
+def rollback(workload: Name) -> None:
+    """Make the previous champion the champion again."""
+    from datetime import UTC, datetime
+
+    from registry.promote import rollback as back
+    from registry.store import Store
+
+    site = Site.here()
+    version = back(Store(site.address("mlflow_uri")), site.workload(workload).name, now=datetime.now(UTC))
+    out.print(f"version {version.number} is the champion again")
+
+
+@app.command(rich_help_panel=GROUPS[3])
+def new(name: Annotated[str, typer.Argument(help="Lower-case letters, digits and _.")]) -> None:
+    """Write a commented workload to start from."""
+    from flows.new import write_workload
+
+    path = write_workload(name, Path.cwd())
+    out.print(f"wrote {path.name}; next: [bold]noria check {path.stem}:WORKLOAD[/]")
+
+
+@app.command(rich_help_panel=GROUPS[3])
+def check(workload: Name) -> None:
+    """Say in sentences what is wrong with a workload, before anything runs; exit code 5 if anything is."""
+    from noria.check import check as run
+    from training.trial import trial
+
+    with out.status("checking"):
+        findings = run(Site.here().path(workload), trial)
+    for finding in findings:
+        out.print(f"[bold red]✗[/] {finding}", highlight=False)
+    if findings:
+        raise typer.Exit(5)
+    out.print("[green]✓[/] nothing to object to")
+
+
+def _entered() -> Site:
+    """The site, with its services checked to be there and made known to the libraries."""
+    site = Site.here()
+    site.address("prefect_url")
+    site.address("mlflow_uri")
+    site.enter()
+    return site
+
+
+def _alive(state: dict[str, Any]) -> bool:
+    from psutil import pid_exists
+
+    return bool(pid_exists(int(state.get("pid", 0))))
+
+
+def _show_stack(site: Site) -> None:
+    state = read_state(site.settings.root)
+    table = Table(box=None, header_style="dim", padding=(0, 2))
+    for column in ("service", "address", "state", "restarts"):
+        table.add_column(column)
+    for name, entry in state["services"].items():
+        ready = "[green]ready[/]" if entry["ready"] else "[yellow]starting[/]"
+        table.add_row(name, entry["url"], ready, str(entry["restarts"] or ""))
+    out.print(table)
+    for event in state["events"][-3:]:
+        out.print(f"[dim]{event}[/]", highlight=False)
+    if "home" in state["services"]:
+        out.print(f"everything is linked from [bold]{state['services']['home']['url']}[/]", highlight=False)
+
+
+if __name__ == "__main__":
+    app()
