@@ -76,8 +76,11 @@ class DriftOptions:
     """Fewer rows: the verdict is unknown."""
     bins: int = 10
     """Quantile bins of a numeric column; levels of a category beyond its most frequent ones share one bin."""
-    minimum_distance: float = 0.05
-    """Smaller distances are no drift, however certain: they matter to nobody. 0.05 is 0.5% of the rows newly missing."""
+    minimum_distance: float = 0.1
+    """Smaller distances are no drift, however certain: streams wander that far without harm. 0.1 is about 2% of the rows
+    newly missing, or a shift of the mean by a quarter of its spread."""
+    violations: float = 0.05
+    """Share of rows that break the schema above which a person is asked."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +88,24 @@ class PolicyOptions:
     """When a retrain is asked for."""
 
     error_tolerance: float = 0.5
-    """Quality alarm when the error interval's lower end is above reference x (1 + this)."""
+    """Quality alarm when the error interval's lower end is above reference x (1 + this); with a log target the error is
+    taken per unit of the target, so that a season of longer or shorter trips is no alarm."""
     bias_tolerance: float = 0.5
     """Quality alarm when the mean residual is surely further from the reference's than this many reference spreads."""
     minimum_labels: int = 200
     """Fewer labelled rows of the serving version: quality is unknown."""
     cooldown: timedelta = timedelta(0)
     """Least time between two retrain requests."""
+    backoff: timedelta = timedelta(weeks=1)
+    """Least time to the next request after a retrain was refused or failed; doubles with each further one in a row."""
+    longest_backoff: timedelta = timedelta(weeks=8)
+    """The doubling stops here: an alarm that stays is tried again now and then, for new labels arrive."""
     maximum_age: timedelta | None = None
     """Older champions are retrained whatever the evidence; None: age is no reason."""
     retrain_on_drift: bool = True
     """Whether drift alone, while quality is unknown, asks for a retrain. Known good quality always outweighs drift."""
+    label_patience: timedelta = timedelta(weeks=4)
+    """How long a version must have answered without enough labels before drift alone speaks: late labels come first."""
     probation: timedelta = timedelta(weeks=8)
     """After a promotion that followed an alarm, a retrain is asked for at every watch until the gate refuses one,
     or for this long."""

@@ -135,6 +135,13 @@ class Quality:
     reference_spread: float
     """Standard deviation of the residual on the reference."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    relative: Interval | None = None
+    """Sum of errors / sum of truths (WAPE); only for a log target, where it is judged instead of the error."""
+    reference_relative: float = 0.0
+    reference_rows: int = 0
+    """Rows behind the reference's figures; few make them uncertain."""
+    newest: datetime | None = None
+    """Event time of the newest row judged."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,8 @@ class DriftReport:
     """None: no, or too few, labels of this version's predictions have arrived."""
     verdict: Literal["ok", "drift", "quality", "schema", "unknown"]
     reasons: tuple[str, ...]
+    serving_since: datetime | None = None
+    """Event time of this version's first prediction (as far as the watch looked back); None: it has made none."""
 
 
 @dataclass(frozen=True)
