@@ -77,8 +77,8 @@ class DriftOptions:
     bins: int = 10
     """Quantile bins of a numeric column; levels of a category beyond its most frequent ones share one bin."""
     minimum_distance: float = 0.1
-    """Smaller distances are no drift, however certain: streams wander that far without harm. 0.1 is about 2% of the rows
-    newly missing, or a shift of the mean by a quarter of its spread."""
+    """Smaller distances are no drift, however certain: streams wander that far without harm. 0.1 is about 2% of the
+    rows newly missing, or a shift of the mean by a quarter of its spread."""
     violations: float = 0.05
     """Share of rows that break the schema above which a person is asked."""
 
