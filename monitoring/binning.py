@@ -147,7 +147,7 @@ def _read(values: pa.Array, reading: Reading, words: tuple[Any, ...]) -> np.ndar
         split = _words(values)
         lengths = np.diff(split.offsets.to_numpy()).astype(np.float64)
         lengths[lengths == 0] = np.nan
-        return lengths if reading == "words" else _rare(split, words) / lengths
+        return np.asarray(lengths if reading == "words" else _rare(split, words) / lengths)
     if reading == "value":
         return np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
     # Whole-number arithmetic instead of Arrow's calendar functions: those need a time-zone database on the machine.

@@ -144,8 +144,7 @@ def _faults(
         for rule, count in violations.items()
         if count > workload.drift.violations * rows
     ]
-    empty = {
-        one.column.partition(" (")[0] for one in drifts if one.missing >= GONE and one.missing_reference <= PRESENT
-    }
-    gone = [f"'{name}' is missing in nearly every row, and was present in the reference." for name in sorted(empty)]
+    empty = [one for one in drifts if one.missing >= GONE and one.missing_reference <= PRESENT]
+    names = sorted({one.column.partition(" (")[0] for one in empty})
+    gone = [f"'{name}' is missing in nearly every row, and was present in the reference." for name in names]
     return (*broken, *gone)
