@@ -55,8 +55,10 @@ class Boosted:
         link = "sigmoid" if workload.task == "binary" else "exp" if workload.log_target else "identity"
         words = {entry.name: _telling(tensors[entry.name], labels) for entry in inputs if entry.kind == "words"}
         table, categories = _features(inputs, tensors, words, extra)
-        columns = np.flatnonzero(np.nanmax(np.nan_to_num(table, nan=-1e9), 0) > np.nanmin(np.nan_to_num(table, nan=-1e9), 0))
-        columns = columns if len(columns) else np.array([0])
+        varied = np.flatnonzero(np.ptp(np.nan_to_num(table, nan=-1e9), axis=0) > 0)
+        if not len(varied):  # nothing to tell rows apart by: one constant feature gives the constant model
+            table, varied = np.zeros((len(labels), 1)), np.array([0])
+        columns = varied
         options: dict[str, Any] = {
             "max_iter": rounds,
             "learning_rate": 0.1,
@@ -71,7 +73,7 @@ class Boosted:
                 loss="squared_error" if workload.loss == "squared_error" else "absolute_error", **options
             )
         target = np.log(labels) if link == "exp" else labels
-        return cls(model.fit(np.nan_to_num(table[:, columns], nan=np.nan), target), inputs, columns, words, link)
+        return cls(model.fit(table[:, columns], target), inputs, columns, words, link)
 
     def score(self, tensors: Tensors, extra: np.ndarray | None = None) -> np.ndarray:
         """Scores [n] in the target's unit, or probabilities."""
