@@ -1,0 +1,89 @@
+"""What a person reads about a model and its versions in the MLflow UI. Markdown; no numbers but those in the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from noria.records import Evaluation
+from registry.bundle import Contents, Facts
+
+TITLES = {
+    "candidate": "**this model**",
+    "champion": "champion",
+    "boosted": "boosted trees",
+    "naive": "naive baseline",
+    "recalibrated": "champion, recalibrated",
+}
+ERRORS = {
+    "absolute_error": "mean absolute error",
+    "squared_error": "mean squared error",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+}
+
+
+def measure(value: float, unit: str = "") -> str:
+    """A number as a person reads it: three digits, its unit."""
+    return f"{value:.3g} {unit}".strip()
+
+
+def model_card(contents: Contents) -> str:
+    """The registered model: what it predicts, from what, and how to move it."""
+    facts, schema = contents.facts, contents.schema
+    unit = f" ({facts.unit})" if facts.unit else ""
+    predicts = f"Predicts **{schema.target}**{unit} from {len(schema.columns)} raw columns."
+    lines = [f"{predicts} The error is the {ERRORS[facts.loss]}."]
+    if facts.notes:
+        lines += ["", facts.notes]
+    lines += ["", "| column | kind | required | meaning |", "| --- | --- | --- | --- |"]
+    for column in schema.columns:
+        lines.append(f"| {column.name} | {column.kind} | {'yes' if column.required else ''} | {column.description} |")
+    if contents.bands.bands:
+        bands = ", ".join(f"**{band.action}** above {band.above:g}" for band in contents.bands.bands)
+        lines += ["", f"Decision: {bands}, otherwise **{contents.bands.otherwise}**."]
+    lines += ["", "The version with the alias `champion` is the one that serves. Move the alias to deploy another."]
+    return "\n".join(lines)
+
+
+def version_card(contents: Contents) -> str:
+    """One version: how good it is, on what it was trained, with what it was made."""
+    facts, ref = contents.facts, contents.dataset
+    window = f"{ref.window.start:%Y-%m-%d} to {ref.window.end:%Y-%m-%d}"
+    lines = [headline(contents.evaluations, facts), "", *table(contents.evaluations, facts), ""]
+    lines.append(f"Trained on {ref.rows:,} labelled rows, {window}, as known on {ref.as_of:%Y-%m-%d}.")
+    revision = str(contents.environment.get("revision", ""))
+    if revision:
+        lines.append(f"Code: `{revision[:12]}{'-dirty' if revision.endswith('-dirty') else ''}`.")
+    return "\n".join(lines)
+
+
+def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
+    """One sentence: the error and how it compares."""
+    errors = {subject: found.metrics["error"] for subject, found in evaluations.items() if "error" in found.metrics}
+    if "candidate" not in errors:
+        return "Not evaluated."
+    own = errors["candidate"]
+    sentence = f"{ERRORS[facts.loss].capitalize()} **{measure(own, facts.unit)}** on its test rows"
+    others = [
+        f"{measure(errors[subject], facts.unit)} for the {TITLES[subject]} ({_compared(own, errors[subject])})"
+        for subject in ("naive", "boosted")
+        if subject in errors
+    ]
+    return f"{sentence}; {', '.join(others)}." if others else f"{sentence}."
+
+
+def table(evaluations: Mapping[str, Evaluation], facts: Facts) -> list[str]:
+    """Every metric by subject, as the lines of a Markdown table."""
+    names = list(dict.fromkeys(name for found in evaluations.values() for name in found.metrics if name != "rows"))
+    lines = [f"| | rows | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
+    for subject, found in evaluations.items():
+        cells = [f"{found.metrics[name]:.3g}" if name in found.metrics else "" for name in names]
+        lines.append(f"| {TITLES.get(subject, subject)} | {found.rows:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def _compared(own: float, other: float) -> str:
+    if other <= 0 or own == other:
+        return "the same" if own == other else "no errors"
+    change = 1 - own / other
+    return f"{abs(change):.0%} {'better' if change > 0 else 'worse'}"
