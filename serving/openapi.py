@@ -1,0 +1,121 @@
+"""The OpenAPI description of what the server answers now: one set of paths a workload, filled from its schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import version as installed
+from typing import Any
+
+from noria.column import Column
+from serving import tensors
+from serving.engine import Model
+from serving.protocol import MOST_ROWS
+
+TYPES: dict[str, dict[str, Any]] = {
+    "number": {"type": "number"},
+    "integer": {"type": "integer", "format": "int64"},
+    "string": {"type": "string"},
+    "text": {"type": "string"},
+    "timestamp": {
+        "type": ["string", "integer"],
+        "description": "ISO 8601 (UTC where it names no zone) or seconds since 1970",
+    },
+}
+ERROR_STATUSES = {
+    "400": "The body is not JSON.",
+    "413": "Too many bytes or rows.",
+    "415": "The content type is not JSON.",
+    "422": "A record breaks the schema; the sentence names field and row.",
+    "503": "No version of the workload is champion yet.",
+}
+
+
+def describe(models: Iterable[Model]) -> dict[str, Any]:
+    """The OpenAPI 3.1 document."""
+    paths: dict[str, Any] = {}
+    for model in models:
+        paths |= _paths(model)
+    plain = {"200": {"description": "OK"}}
+    for path, summary in FIXED.items():
+        paths[path] = {"get": {"summary": summary, "tags": ["server"], "responses": plain}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "noria", "version": installed("noria"), "description": "Predictions of the champions."},
+        "paths": paths,
+    }
+
+
+FIXED = {
+    "/status": "What serves, since when, and how much of the log is not in the lake yet",
+    "/metrics": "Counters for Prometheus",
+    "/v2": "The server, in the Open Inference Protocol",
+    "/v2/health/live": "Whether the process answers",
+    "/v2/health/ready": "Whether every workload that should serve does",
+}
+
+
+def column_schema(column: Column) -> dict[str, Any]:
+    """One column as JSON Schema."""
+    found = dict(TYPES[column.kind])
+    if not column.required:
+        kind = found["type"]
+        found["type"] = [*(kind if isinstance(kind, list) else [kind]), "null"]
+    about = column.description or found.get("description")
+    limits = {"description": about, "minimum": column.low, "maximum": column.high}
+    return {**found, **{name: value for name, value in limits.items() if value is not None}}
+
+
+def _paths(model: Model) -> dict[str, Any]:
+    name, schema = model.workload, model.schema
+    columns = schema.columns
+    if schema.event_time not in schema.names:
+        columns = (*columns, Column(schema.event_time, "timestamp", description="when it happened; without it, now"))
+    record = {
+        "type": "object",
+        "properties": {column.name: column_schema(column) for column in columns},
+        "required": [column.name for column in columns if column.required],
+        "additionalProperties": False,
+    }
+    records = {"type": "array", "items": record, "minItems": 1, "maxItems": MOST_ROWS}
+    label = {
+        "type": "object",
+        "properties": {"id": {"type": "string"}, "label": {"type": "number"}, "time": TYPES["timestamp"]},
+        "required": ["id", "label"],
+    }
+    return {
+        f"/predict/{name}": _post(
+            name, f"Predict {schema.target}", _object("records", records), {"records": [schema.example()]}
+        ),
+        f"/feedback/{name}": _post(
+            name,
+            "Tell what really happened, by prediction id",
+            _object("labels", {"type": "array", "items": label, "minItems": 1, "maxItems": MOST_ROWS}),
+            {"labels": [{"id": "0" * 32, "label": 1}]},
+        ),
+        f"/v2/models/{name}/infer": _post(
+            name, "Predict, in the Open Inference Protocol", {"type": "object"}, tensors.example(schema)
+        ),
+        f"/v2/models/{name}": {
+            "get": {"summary": "Inputs and outputs", "tags": [name], "responses": {"200": {"description": "OK"}}}
+        },
+    }
+
+
+def _object(name: str, inner: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: inner}, "required": [name]}
+
+
+def _post(tag: str, summary: str, schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    error = {"type": "object", "properties": {"error": {"type": "string"}}}
+    responses: dict[str, Any] = {"200": {"description": "OK"}}
+    for status, text in ERROR_STATUSES.items():
+        responses[status] = {"description": text, "content": {"application/json": {"schema": error}}}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {
+        "post": {
+            "summary": summary,
+            "tags": [tag],
+            "requestBody": {"required": True, "content": content},
+            "responses": responses,
+        }
+    }

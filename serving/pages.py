@@ -1,0 +1,89 @@
+"""The pages that a person opens: the home page, and the documentation with a form to try it. No other host is asked.
+
+The text of both lies in `serving/page.html`; here it is filled from what serves now.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import orjson
+
+from serving import openapi, tensors
+from serving.engine import Engine, Model
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def home(engine: Engine) -> str:
+    """What serves, and where to go from here."""
+    rows = []
+    for name in sorted({*engine.known, *engine.models}):
+        model, state, failed = engine.models.get(name), engine.states.get(name), engine.failures.get(name)
+        serves = f"version {model.version}, since {escape(state.since)}" if model and state else "no champion yet"
+        trouble = f"<br><small class=bad>version {failed.version}: {escape(failed.reason)}</small>" if failed else ""
+        rows.append(f"<tr><td><a href='/docs#{escape(name)}'>{escape(name)}</a></td><td>{serves}{trouble}</td></tr>")
+    table = f"<table><tr><th>workload</th><th>serves</th></tr>{''.join(rows)}</table>"
+    nothing = "<p>No workload is registered yet. Train one with <code>noria train</code>.</p>"
+    return _page("noria server", f"<h1>noria</h1>{table if rows else nothing}{_links()}")
+
+
+def docs(engine: Engine) -> str:
+    """Every workload with its columns, a request to copy, and a form that sends it."""
+    parts = [_workload(model) for _, model in sorted(engine.models.items())]
+    nothing = "<p>Nothing serves yet: no version has the alias <code>champion</code>.</p>"
+    return _page("noria server: documentation", f"<h1>Documentation</h1>{''.join(parts) or nothing}{_links()}")
+
+
+def _workload(model: Model) -> str:
+    name, schema = escape(model.workload), model.schema
+    unit = f" ({escape(model.facts.unit)})" if model.facts.unit else ""
+    rows = "".join(
+        f"<tr><td><code>{escape(column.name)}</code></td><td>{column.kind}</td>"
+        f"<td>{_limits(column.low, column.high)}</td><td>{'yes' if column.required else ''}</td>"
+        f"<td>{escape(column.description)}</td></tr>"
+        for column in schema.columns
+    )
+    bands = ", ".join(f"<b>{escape(band.action)}</b> above {band.above:g}" for band in model.bands.bands)
+    action = f"<p>Action: {bands}, otherwise <b>{escape(model.bands.otherwise or '')}</b>.</p>" if bands else ""
+    forms = [
+        _form("Predict", f"/predict/{name}", {"records": [schema.example()]}, opened=True),
+        _form("Feedback: what really happened", f"/feedback/{name}", {"labels": [{"id": "0" * 32, "label": 1}]}),
+        _form("Predict, Open Inference Protocol", f"/v2/models/{name}/infer", tensors.example(schema)),
+    ]
+    return (
+        f"<section id='{name}'><h2>{name} <small>version {model.version}</small></h2>"
+        f"<p>Predicts <b>{escape(schema.target)}</b>{unit}. {escape(model.facts.notes)}</p>{action}"
+        f"<table><tr><th>column</th><th>type</th><th>range</th><th>required</th><th>meaning</th></tr>{rows}</table>"
+        f"<p>The event time <code>{escape(schema.event_time)}</code> may be sent with each record; without it, "
+        f"it is now.</p>{''.join(forms)}</section>"
+    )
+
+
+def _form(title: str, path: str, example: dict[str, Any], opened: bool = False) -> str:
+    body = orjson.dumps(example, option=orjson.OPT_INDENT_2).decode()
+    return (
+        f"<details data-path='{path}'{' open' if opened else ''}><summary>{title} <code>POST {path}</code></summary>"
+        f"<textarea spellcheck=false rows={min(18, body.count(chr(10)) + 1)} aria-label='JSON to send to {path}'>"
+        f"{escape(body)}</textarea><p><button class=send>Send</button> <button class=copy>Copy as curl</button> "
+        "<span class=note></span></p><pre class=answer hidden></pre></details>"
+    )
+
+
+def _limits(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return ""
+    return f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
+
+
+def _links() -> str:
+    found = {"/docs": "Documentation and a form to try it", "/openapi.json": "The same as OpenAPI 3.1", **openapi.FIXED}
+    items = "".join(f"<li><a href='{path}'>{path}</a> {text}</li>" for path, text in found.items())
+    return f"<h2>Addresses</h2><ul>{items}</ul>"
+
+
+def _page(title: str, body: str) -> str:
+    return Template(TEMPLATE.read_text()).substitute(title=title, body=body)

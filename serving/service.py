@@ -1,0 +1,168 @@
+"""One request as a plain function: bytes in, an answer out. What `serving.app` calls, in the event loop or beside it.
+
+The order matters: decode, score, encode, log, and only then is the answer handed back to be sent. Not here: HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from noria.errors import SchemaError
+from serving.capture import Log, batch_ids, new_base
+from serving.engine import Engine, Model
+from serving.metrics import Metrics
+from serving.protocol import Refusal, Rows, decode_feedback, decode_predict, encode_predict
+from serving.tensors import decode_infer, encode_infer, metadata
+
+LONGEST_SENTENCE = 600
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is sent back."""
+
+    status: int
+    body: bytes
+    rows: int = 0
+    content_type: bytes = b"application/json"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def refused(refusal: Refusal) -> Answer:
+    """A refusal as an answer: `{"error": sentence}`."""
+    sentence = refusal.message
+    if len(sentence) > LONGEST_SENTENCE:
+        sentence = sentence[: LONGEST_SENTENCE - 3] + "..."
+    # A lone surrogate cannot be written as UTF-8, and a sentence may quote what was sent.
+    body = orjson.dumps({"error": sentence.encode("utf-8", "replace").decode()})
+    return Answer(refusal.status, body)
+
+
+def as_json(content: Any, status: int = 200) -> Answer:
+    """Plain data as an answer."""
+    return Answer(status, orjson.dumps(content))
+
+
+class Service:
+    """The routes that need a model."""
+
+    def __init__(self, engine: Engine, log: Log, metrics: Metrics) -> None:
+        self.engine, self.log, self.metrics = engine, log, metrics
+        self.routes: dict[str, Callable[[str, bytes], Answer]] = {
+            "predict": self.predict,
+            "infer": self.infer,
+            "feedback": self.feedback,
+        }
+
+    def handle(self, route: str, workload: str, body: bytes) -> Answer:
+        """Answer one request to a route; whatever a client does wrong is a refusal, never an exception."""
+        began = time.perf_counter()
+        try:
+            answer = self.routes[route](workload, body)
+        except Refusal as refusal:
+            answer = refused(refusal)
+        except SchemaError as error:
+            answer = refused(Refusal(422, str(error)))
+        except RecursionError:
+            answer = refused(Refusal(400, "The JSON is nested too deeply."))
+        label = workload if workload in self.engine.models else ""
+        seconds = time.perf_counter() - began
+        self.metrics.answered(route, label, status=answer.status, seconds=seconds, rows=answer.rows)
+        return answer
+
+    def predict(self, workload: str, body: bytes) -> Answer:
+        """`POST /predict/{workload}`."""
+        began = time.perf_counter()
+        model = self.model(workload)
+        rows = decode_predict(body, model.schema)
+        scores, actions = self._score(model, rows)
+        base = new_base(time.time_ns() // 1_000_000)
+        content = encode_predict(workload, model.version, batch_ids(base, len(rows)), scores, actions)
+        self._record(model, rows, scores, actions, base=base, began=began)
+        return Answer(200, content, len(rows))
+
+    def infer(self, workload: str, body: bytes) -> Answer:
+        """`POST /v2/models/{workload}/infer`."""
+        began = time.perf_counter()
+        model = self.model(workload)
+        rows, request = decode_infer(body, model.schema)
+        scores, actions = self._score(model, rows)
+        base = new_base(time.time_ns() // 1_000_000)
+        ids = batch_ids(base, len(rows))
+        content = encode_infer(workload, model.version, request, ids=ids, scores=scores, actions=actions)
+        self._record(model, rows, scores, actions, base=base, began=began)
+        return Answer(200, content, len(rows))
+
+    def feedback(self, workload: str, body: bytes) -> Answer:
+        """`POST /feedback/{workload}`."""
+        model = self.model(workload)
+        ids, labels, times = decode_feedback(body, model.facts.task)
+        lost = self.log.lost
+        self.log.labels(workload, ids, labels, times)
+        if self.log.lost > lost:
+            raise Refusal(503, f"{self.log.failure} Send these labels again later.")
+        return Answer(200, orjson.dumps({"workload": workload, "accepted": len(ids)}), len(ids))
+
+    def metadata(self, workload: str) -> Answer:
+        """`GET /v2/models/{workload}`."""
+        model = self.model(workload)
+        return as_json(metadata(workload, model.version, model.schema))
+
+    def model(self, workload: str) -> Model:
+        """The model that answers for a workload. Raises Refusal 404 or 503."""
+        model = self.engine.models.get(workload)
+        if model is not None:
+            return model
+        known = sorted({*self.engine.models, *self.engine.known})
+        if known and workload not in known:
+            raise Refusal(404, f"There is no workload '{workload}'; there are: {', '.join(known)}.")
+        desired = self.engine.known.get(workload)
+        if desired is not None and desired.version is not None:
+            raise Refusal(503, f"Version {desired.version} of {workload} is not ready; try again in some seconds.")
+        raise Refusal(
+            503,
+            f"No version of {workload} has the alias champion; promote one in the MLflow UI or run "
+            f"noria promote {workload} VERSION.",
+        )
+
+    def status(self) -> Answer:
+        """`GET /status`: by workload the version, since when, what was last asked for, and rows not yet in the lake."""
+        pending = self.log.pending()
+        workloads: dict[str, Any] = {}
+        for name in sorted({*self.engine.known, *self.engine.models, *pending}):
+            state, model = self.engine.states.get(name), self.engine.models.get(name)
+            failed = self.engine.failures.get(name)
+            rows, segments = pending.get(name, (0, 0))
+            workloads[name] = {
+                "version": model.version if model else None,
+                "since": state.since if state else None,
+                "replaced": state.replaced if state else None,
+                "failure": {"version": failed.version, "reason": failed.reason, "at": failed.since} if failed else None,
+                "pending": rows,
+                "segments": segments,
+            }
+        log = {"lost": self.log.lost, "failure": self.log.failure or None}
+        return as_json({"ready": self.engine.ready, "workloads": workloads, "log": log})
+
+    def _score(self, model: Model, rows: Rows) -> tuple[np.ndarray, list[str | None]]:
+        scores = model.score(rows.tensors)
+        finite = np.isfinite(scores)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise Refusal(422, f"Row {row}: the model has no finite score for these values; check them for extremes.")
+        return scores, model.bands.actions(scores)
+
+    def _record(
+        self, model: Model, rows: Rows, scores: np.ndarray, actions: list[str | None], *, base: int, began: float
+    ) -> None:
+        elapsed = (time.perf_counter() - began) * 1000
+        self.log.predictions(
+            model.workload, model.version, model.schema,
+            base=base, rows=rows, scores=scores, actions=actions, latency_ms=elapsed,
+        )  # fmt: skip

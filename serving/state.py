@@ -1,0 +1,93 @@
+"""The files through which the reconciler and the workers speak: what should serve, and what does. Both survive both.
+
+    desired/<workload>.json   written by the reconciler   which bundle the workers should serve
+    state/<workload>.json     written by a worker         which version it serves, or why it refused the last one
+
+Files are written aside and renamed, so a reader never sees half of one. Not here: any decision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What should serve for one workload."""
+
+    workload: str
+    version: int | None
+    """None: the workload is registered, and no version of it has been champion yet."""
+    folder: str = ""
+    """The checked bundle on this machine."""
+    asked: str = ""
+    """Names this request; the worker's answer repeats it."""
+    fallback_version: int | None = None
+    """What a worker serves that starts anew and cannot load the version."""
+    fallback_folder: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a worker made of a request."""
+
+    workload: str
+    version: int
+    """The version that was asked for."""
+    status: Literal["serving", "failed"]
+    reason: str
+    """Why it failed, as a sentence; empty when it serves."""
+    since: str
+    """When this version began to answer, or was refused: ISO 8601, UTC."""
+    asked: str
+    replaced: int | None = None
+    """The version that answered until then; None when there was none."""
+
+
+Record = TypeVar("Record", Desired, State)
+
+
+def now() -> str:
+    """The wall clock as ISO 8601, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def write(folder: Path, record: Desired | State) -> None:
+    """Replace the workload's file in `folder` in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{record.workload}.json"
+    aside = target.with_suffix(f".{os.getpid()}.aside")
+    with aside.open("w") as file:
+        json.dump(asdict(record), file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(target)
+
+
+def read(folder: Path, kind: type[Record]) -> dict[str, Record]:
+    """Every workload's record in `folder`; a file that is not one is passed over."""
+    found: dict[str, Record] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            data: dict[str, Any] = json.loads(path.read_bytes())
+            found[path.stem] = kind(**data)
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+def signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes whenever a file of `folder` is replaced; costs one stat a file."""
+    marks = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        marks.append((path.name, status.st_mtime_ns, status.st_ino))
+    return tuple(marks)
