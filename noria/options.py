@@ -17,8 +17,8 @@ class TrainingOptions:
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, validation and test, in order of time."""
     held_out: int = 1_000
-    """When a champion is retrained: most rows of validation and of test, so that both are the newest; short windows give up
-    to a fifth to each. A first model keeps the shares of `split`."""
+    """When a champion is retrained: most rows of validation and of test, so that both are the newest; short windows
+    give up to a fifth to each. A first model keeps the shares of `split`."""
     epochs: int = 12
     batch_size: int = 512
     """Rows of one step over all workers; halved for small windows, down to 128, until there are `minimum_steps`."""

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from noria.decision import Bands
-from noria.errors import WorkloadError
+from noria.errors import NoriaError, WorkloadError
 from noria.metrics import Loss
 from noria.options import DriftOptions, GateOptions, PolicyOptions, Schedules, TrainingOptions
 from noria.records import Window
@@ -132,8 +132,10 @@ def load_object(path: str) -> Any:
         sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise WorkloadError(f"Cannot import '{module_name}' of '{path}': {error}.") from error
+    except NoriaError as error:
+        raise WorkloadError(f"Cannot import '{module_name}' of '{path}': {error}") from error
+    except Exception as error:  # the module's own code may raise anything
+        raise WorkloadError(f"Cannot import '{module_name}' of '{path}': {type(error).__name__}: {error}.") from error
     if not hasattr(module, name):
         raise WorkloadError(f"Module '{module_name}' has no '{name}'; an import string is module:NAME.")
     return getattr(module, name)
