@@ -6,25 +6,7 @@ from collections.abc import Mapping
 
 from noria.records import Evaluation
 from registry.bundle import Contents, Facts
-
-TITLES = {
-    "candidate": "**this model**",
-    "champion": "champion",
-    "boosted": "boosted trees",
-    "naive": "naive baseline",
-    "recalibrated": "champion, recalibrated",
-}
-ERRORS = {
-    "absolute_error": "mean absolute error",
-    "squared_error": "mean squared error",
-    "log_loss": "log loss",
-    "brier": "Brier score",
-}
-
-
-def measure(value: float, unit: str = "") -> str:
-    """A number as a person reads it: three digits, its unit."""
-    return f"{value:.3g} {unit}".strip()
+from registry.words import ERRORS, TITLES, gained, measure
 
 
 def model_card(contents: Contents) -> str:
@@ -49,7 +31,7 @@ def version_card(contents: Contents) -> str:
     """One version: how good it is, on what it was trained, with what it was made."""
     facts, ref = contents.facts, contents.dataset
     window = f"{ref.window.start:%Y-%m-%d} to {ref.window.end:%Y-%m-%d}"
-    lines = [headline(contents.evaluations, facts), "", *table(contents.evaluations, facts), ""]
+    lines = [headline(contents.evaluations, facts), "", *table(contents.evaluations), ""]
     lines.append(f"Trained on {ref.rows:,} labelled rows, {window}, as known on {ref.as_of:%Y-%m-%d}.")
     revision = str(contents.environment.get("revision", ""))
     if revision:
@@ -65,14 +47,14 @@ def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
     own = errors["candidate"]
     sentence = f"{ERRORS[facts.loss].capitalize()} **{measure(own, facts.unit)}** on its test rows"
     others = [
-        f"{measure(errors[subject], facts.unit)} for the {TITLES[subject]} ({_compared(own, errors[subject])})"
+        f"{measure(errors[subject], facts.unit)} for the {TITLES[subject]} ({gained(own, errors[subject])})"
         for subject in ("naive", "boosted")
         if subject in errors
     ]
     return f"{sentence}; {', '.join(others)}." if others else f"{sentence}."
 
 
-def table(evaluations: Mapping[str, Evaluation], facts: Facts) -> list[str]:
+def table(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Every metric by subject, as the lines of a Markdown table."""
     names = list(dict.fromkeys(name for found in evaluations.values() for name in found.metrics if name != "rows"))
     lines = [f"| | rows | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
@@ -80,10 +62,3 @@ def table(evaluations: Mapping[str, Evaluation], facts: Facts) -> list[str]:
         cells = [f"{found.metrics[name]:.3g}" if name in found.metrics else "" for name in names]
         lines.append(f"| {TITLES.get(subject, subject)} | {found.rows:,} | {' | '.join(cells)} |")
     return lines
-
-
-def _compared(own: float, other: float) -> str:
-    if other <= 0 or own == other:
-        return "the same" if own == other else "no errors"
-    change = 1 - own / other
-    return f"{abs(change):.0%} {'better' if change > 0 else 'worse'}"

@@ -19,11 +19,12 @@ from mlflow.exceptions import MlflowException
 from noria.errors import BundleError, RegistryError
 from noria.records import Version
 from registry.bundle import Bundle, Contents
-from registry.card import measure, model_card, version_card
+from registry.card import model_card, version_card
 from registry.connection import already_there, answered, connect, is_absent
 from registry.manifest import MANIFEST
 from registry.run import Run
 from registry.transfer import download, has_manifest, is_cached, upload
+from registry.words import measure
 
 PREFIX = "noria."
 
@@ -148,14 +149,16 @@ class Store:
     # What is said about a workload as a whole
 
     def note(self, workload: str, values: Mapping[str, Any]) -> None:
-        """Keep small JSON values with the workload, by short names: tags `noria.<name>` of the registered model."""
+        """Keep small JSON values with the workload, by full names ("noria.retrain"): tags of the registered model."""
         with answered(self.uri, f"noting on {workload}"):
             self._model(workload)
             for name, value in values.items():
-                self.client.set_registered_model_tag(workload, PREFIX + name, orjson.dumps(value).decode())
+                if not name.startswith(PREFIX):
+                    raise RegistryError(f"'{name}' is no name of a note; begin it with '{PREFIX}'.")
+                self.client.set_registered_model_tag(workload, name, orjson.dumps(value).decode())
 
     def notes(self, workload: str) -> dict[str, Any]:
-        """What `note` kept, by short names; nothing for an unknown workload."""
+        """What `note` kept, by full names; nothing for an unknown workload."""
         with answered(self.uri, f"reading notes of {workload}"):
             try:
                 tags = self.client.get_registered_model(workload).tags
@@ -163,7 +166,7 @@ class Store:
                 if is_absent(error):
                     return {}
                 raise
-        return {name[len(PREFIX) :]: _json(value) for name, value in tags.items() if name.startswith(PREFIX)}
+        return {name: _json(value) for name, value in tags.items() if name.startswith(PREFIX)}
 
     def describe(self, workload: str, text: str) -> None:
         """Replace the registered model's description (Markdown)."""
