@@ -187,11 +187,13 @@ def new(name: Annotated[str, typer.Argument(help="Lower-case letters, digits and
 @app.command(rich_help_panel=GROUPS[3])
 def check(workload: Name) -> None:
     """Say in sentences what is wrong with a workload, before anything runs; exit code 5 if anything is."""
+    from datetime import UTC, datetime
+
     from noria.check import check as run
     from training.trial import trial
 
-    with out.status("checking"):
-        findings = run(Site.here().path(workload), trial)
+    with out.status("checking") as status:
+        findings = run(Site.here().path(workload), trial, now=datetime.now(UTC), progress=status.update)
     for finding in findings:
         out.print(f"[bold red]✗[/] {finding}", highlight=False)
     if findings:

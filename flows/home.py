@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
+import uvicorn
 from jinja2 import Environment, PackageLoader, select_autoescape
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterDeploymentId
@@ -117,3 +119,12 @@ def make_app(site: Site) -> Starlette:
         return JSONResponse({"alive": True})
 
     return Starlette(routes=[Route("/", page), Route("/overview.json", data), Route("/health", alive)])
+
+
+def main() -> None:
+    """Serve the page on the port given as the first argument."""
+    uvicorn.run(make_app(Site.here()), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

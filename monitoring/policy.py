@@ -49,11 +49,11 @@ def decide(evidence: Evidence, options: PolicyOptions) -> Decision:
     if report.verdict == "schema":
         return Decision("ask", (*report.reasons, "A person must look: retraining would learn the fault."))
     if report.quality and (alarms := quality_alarms(report.quality, options)):
-        return _unless_backing_off(evidence, options, Decision("retrain", alarms))
+        return _unless_backing_off(evidence, options, Decision("retrain", alarms, "quality"))
     if trial := _probation(evidence, options):
-        return Decision("retrain", (trial,))
+        return Decision("retrain", (trial,), "probation")
     if old := _age(evidence, options):
-        return _unless_backing_off(evidence, options, Decision("retrain", (old,)))
+        return _unless_backing_off(evidence, options, Decision("retrain", (old,), "age"))
     return _without_alarm(evidence, options)
 
 
@@ -153,7 +153,7 @@ def _without_alarm(evidence: Evidence, options: PolicyOptions) -> Decision:
     if served < options.label_patience:
         return Decision("unknown", (*drifted, f"Labels may still come: this version has answered for {_days(served)}."))
     reason = f"No labels tell whether it harms, {_days(served)} after this version's first answer."
-    return _unless_backing_off(evidence, options, Decision("retrain", (*drifted, reason)))
+    return _unless_backing_off(evidence, options, Decision("retrain", (*drifted, reason), "drift"))
 
 
 def describe(quality: Quality) -> str:

@@ -6,6 +6,7 @@ scale on which the model is fitted: log(y) - log(prediction) for a log target, y
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,31 @@ def bootstrap(values: np.ndarray, *, resamples: int = 1000, level: float = 0.95,
         means[start : start + len(counts)] = counts @ values / np.maximum(counts.sum(1), 1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def recalibration(
+    labels: np.ndarray, scores: np.ndarray, *, task: Literal["regression", "binary"], log: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The one offset that best corrects `scores` on these rows, as a function of scores.
+
+    Regression: the median residual, on the scale that is fitted. Binary: a shift of the logit that makes the mean score
+    the share of positives (prior correction, Saerens et al. 2002).
+    """
+    if task == "regression":
+        offset = float(np.median(residuals(labels, scores, log=log)))
+        return lambda new: new * np.exp(offset) if log else new + offset
+    share = float(np.clip(labels.mean(), EDGE, 1 - EDGE))
+
+    def shifted(new: np.ndarray, by: float) -> np.ndarray:
+        clipped = np.clip(new.astype(np.float64), EDGE, 1 - EDGE)
+        return np.asarray(1 / (1 + (1 - clipped) / clipped * np.exp(-by)))
+
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if shifted(scores, middle).mean() < share else (low, middle)
+    shift = (low + high) / 2
+    return lambda new: shifted(new, shift)
 
 
 def regression_metrics(labels: np.ndarray, scores: np.ndarray, *, log: bool) -> dict[str, float]:

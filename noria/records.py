@@ -171,6 +171,8 @@ class Decision:
     action: Literal["hold", "retrain", "unknown", "ask"]
     """`ask`: a person must look (a schema fault); nothing is retrained."""
     reasons: tuple[str, ...]
+    cause: Literal["", "quality", "probation", "age", "drift"] = ""
+    """Why a retrain is asked for, in a word; kept with the version that comes of it."""
 
 
 @dataclass(frozen=True)

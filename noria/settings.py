@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     workloads: str = "workloads.taxi:WORKLOAD,workloads.spam:WORKLOAD"
     """Import strings of the workloads that `noria up` deploys, separated by commas."""
 
+    ingest: bool = True
+    """Whether a retrain first reads new rows from the workload's own source; false where all data comes by requests."""
+
     @property
     def root(self) -> Path:
         """The home folder as an absolute path."""
@@ -105,4 +108,10 @@ def child_environment(**extra: str) -> dict[str, str]:
 
 def export(**variables: str) -> None:
     """Set variables that libraries read from the environment (for example PREFECT_API_URL) before they are imported."""
+    os.environ.update(variables)
+
+
+def replace_environment(variables: dict[str, str]) -> None:
+    """Make the environment exactly `variables`: for a forked process that continues as another one."""
+    os.environ.clear()
     os.environ.update(variables)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -64,6 +66,13 @@ class Run:
         """Keep plain data as a JSON file."""
         options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
         self.text(name, orjson.dumps(data, option=options).decode())
+
+    def file(self, name: str, content: bytes) -> None:
+        """Keep bytes as a file at the top of the run's artifacts."""
+        with self._doing(name), tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            self.client.log_artifact(self.id, str(path))
 
     def dataset(self, ref: DatasetRef, context: str = "training") -> None:
         """Say which rows of the lake the run uses."""

@@ -5,6 +5,7 @@ Not here: whether a version should be promoted (`registry.gate`) and in which or
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -204,6 +205,14 @@ class Store:
         if opened.facts.name != version.workload:
             raise BundleError(f"Version {version.number} of '{version.workload}' is a bundle of '{opened.facts.name}'.")
         return opened
+
+    def file(self, version: Version, name: str) -> bytes | None:
+        """A file that the version's run kept with `Run.file`; None when it kept none of that name."""
+        with answered(self.uri, f"fetching {name} of version {version.number} of {version.workload}"):
+            if name not in [entry.path for entry in self.client.list_artifacts(version.run_id)]:
+                return None
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(version.run_id, name, folder)).read_bytes()
 
     # Made on first use
 
