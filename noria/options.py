@@ -10,9 +10,9 @@ from datetime import timedelta
 class TrainingOptions:
     """How a candidate is trained."""
 
-    windows: tuple[timedelta, ...] = (timedelta(weeks=26), timedelta(weeks=13), timedelta(weeks=4), timedelta(weeks=2))
+    windows: tuple[timedelta, ...] = tuple(timedelta(weeks=weeks) for weeks in (26, 13, 4, 2, 1))
     """Training windows to choose from, longest first; the one whose cheap model is best on the newest rows wins."""
-    minimum_rows: int = 1_000
+    minimum_rows: int = 500
     """Fewer labelled rows after cleaning: no training."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, validation and test, in order of time."""
@@ -55,8 +55,8 @@ class GateOptions:
     level: float = 0.95
     """Level of the paired bootstrap interval, whose lower end must be above zero."""
     minimum_rows: int = 100
-    """Fewer common labelled rows: refused. The interval asks for more by itself where the gain is small; after an abrupt
-    change few rows are there, and waiting for 200 cost the taxi stream two weeks at twice the error."""
+    """Fewer common labelled rows: refused. The interval asks for more by itself where the gain is small; after an
+    abrupt change few rows are there, and waiting for 200 cost the taxi stream two weeks at twice the error."""
     baseline_tolerance: float = 0.0
     """How much worse than the naive baseline a candidate may be, relative; 0: not at all."""
     slice_tolerance: float = 0.10
@@ -76,7 +76,7 @@ class DriftOptions:
     minimum_rows: int = 200
     """Fewer rows: the verdict is unknown."""
     bins: int = 10
-    """Quantile bins of a numeric column; levels of a category beyond its most frequent ones share one bin."""
+    """Quantile bins of a numeric column; a category is counted by its most frequent levels, three times as many."""
     minimum_distance: float = 0.1
     """Smaller distances are no drift, however certain: streams wander that far without harm. 0.1 is about 2% of the
     rows newly missing, or a shift of the mean by a quarter of its spread."""

@@ -16,7 +16,19 @@ from noria.schema import MISSING_INTEGER, Column, Schema, Tensors
 YEARS = (1970, 2000, 2018, 2020, 2038, 2100)
 SECONDS = (-64, -1, 0, 1, 63, 1799, 3599, 3600)
 """Around a moment: a float32 cannot tell epoch seconds less than 64 apart."""
-STRINGS = ("", " ", "\n", "a level that no record ever had", "ünïcödé", "🦆🦆", "\u202egnirts", "x" * 2000, "'\";--\x00", "NaN", "null")
+STRINGS = (
+    "",
+    " ",
+    "\n",
+    "a level that no record ever had",
+    "ünïcödé",
+    "🦆🦆",
+    "\u202egnirts",
+    "x" * 2000,
+    "'\";--\x00",
+    "NaN",
+    "null",
+)
 TEXTS = (*STRINGS, "word " * 600, "LINE\nbreaks\r\nand\ttabs\n\n\n", "\n" * 400, "a\u00a0b", "  many   blanks  ")
 NUMBERS = (0.0, -0.0, 1.0, -1.0, 1e-30, 1e-6, 0.5, 1e6, -1e6, 1e18, 3e38, -3e38)
 INTEGERS = (0, 1, -1, 2, -2, 255, 256, 2**31 - 1, 2**31, -(2**31), 2**53, 2**63 - 1, MISSING_INTEGER + 1)
@@ -52,7 +64,7 @@ def edges(column: Column) -> list[object]:
 
 
 def strewn(schema: Schema, sample: Tensors, rows: int, seed: int = 0) -> Tensors:
-    """`rows` rows drawn from the sample (each row once before any comes twice), a share of values missing or at an edge."""
+    """`rows` rows drawn from the sample (each once before any comes twice), a share of values missing or at an edge."""
     generator = np.random.default_rng(seed)
     size = len(next(iter(sample.values())))
     chosen = np.concatenate([generator.permutation(size) for _ in range(-(-rows // size))])[:rows]
@@ -69,10 +81,14 @@ def strewn(schema: Schema, sample: Tensors, rows: int, seed: int = 0) -> Tensors
 
 
 def _moments() -> list[int]:
-    """Epoch seconds around midnights, hours and the week's edges, at calm and at famous times, and the ends of int64."""
+    """Epoch seconds around midnights, hours and the week's edges, at calm and famous times, and the ends of int64."""
     starts = {int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) for year in YEARS} | {2**31, 2**32, 0}
     around = {
-        start + day * 86_400 + hour * 3600 + second for start in starts for day in range(8) for hour in (0, 6, 23) for second in SECONDS
+        start + day * 86_400 + hour * 3600 + second
+        for start in starts
+        for day in range(8)
+        for hour in (0, 6, 23)
+        for second in SECONDS
     }
     return [*sorted(around), -1, -(2**31), -(2**40), 2**53, 2**63 - 1, MISSING_INTEGER + 1]
 

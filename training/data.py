@@ -1,6 +1,6 @@
 """From raw labelled rows to the three parts a model is made of: train, validation and test, in order of time.
 
-Not here: where rows come from (`noria.lake`, the workload) and what the columns mean to a model (`training.preprocess`).
+Not here: where rows come from (`noria.lake`, the workload), what columns mean to a model (`training.preprocess`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def labelled(table: pa.Table, workload: Workload) -> tuple[pa.Table, dict[str, i
     rows, rejected = workload.clean(workload.schema.conform(table))
     target, time = workload.schema.target, workload.schema.event_time
     if target not in rows.column_names:
-        raise DataError(f"The data of '{workload.name}' has no column '{target}', the target; nothing can be learnt from it.")
+        raise DataError(
+            f"The data of '{workload.name}' has no column '{target}', the target; nothing can be learnt from it."
+        )
     known = rows.filter(pc.and_(pc.is_finite(rows.column(target)), pc.is_valid(rows.column(time))))
     rejected["no label or event time"] = len(rows) - len(known)
     _check_labels(known, workload)
@@ -83,10 +85,13 @@ def prepare(table: pa.Table, workload: Workload, *, held_out: int | None = None)
         shares = (1 - 2 * share, share, share)
     first, second = _borders(rows.column(workload.schema.event_time), shares)
     part = np.repeat(np.arange(3), [first, second - first, len(rows) - second])
-    keep = _first_seen(rows.select([*workload.schema.names, workload.schema.target]), part)
+    features = [column.name for column in workload.schema.columns if column.feature]
+    keep = _first_seen(rows.select([*features, workload.schema.target]), part)
     parts = [rows.filter(pa.array(keep & (part == index))) for index in range(3)]
     if not all(len(one) for one in parts):
-        raise DataError(f"After duplicates were removed a part of the split of '{workload.name}' is empty; is the data repeated?")
+        raise DataError(
+            f"After duplicates were removed a part of the split of '{workload.name}' is empty; is the data repeated?"
+        )
     return Prepared(Split(*parts), rejected, int((~keep).sum()), len(table))
 
 
@@ -94,7 +99,10 @@ def _borders(times: pa.ChunkedArray, shares: tuple[float, float, float]) -> tupl
     """Where validation and test begin; rows of one moment stay together where that leaves no part empty."""
     moments = times.cast(pa.int64()).to_numpy()
     rows = len(moments)
-    exact = [max(1, min(rows - 2, round(rows * shares[0]))), max(2, min(rows - 1, round(rows * (shares[0] + shares[1]))))]
+    exact = [
+        max(1, min(rows - 2, round(rows * shares[0]))),
+        max(2, min(rows - 1, round(rows * (shares[0] + shares[1])))),
+    ]
     early, late = (int(np.searchsorted(moments, moments[border], side="left")) for border in exact)
     return (early, late) if 0 < early < late else (exact[0], exact[1])
 
@@ -115,9 +123,11 @@ def _check_labels(rows: pa.Table, workload: Workload) -> None:
     labels = rows.column(workload.schema.target).to_numpy()
     if workload.task == "binary" and not np.isin(labels, (0.0, 1.0)).all():
         odd = labels[~np.isin(labels, (0.0, 1.0))][0]
-        raise DataError(f"'{workload.name}' is a binary task, but its target '{workload.schema.target}' holds {odd:g}; use 0 and 1.")
+        raise DataError(
+            f"'{workload.name}' is a binary task, but its target '{workload.schema.target}' holds {odd:g}; use 0 and 1."
+        )
     if workload.log_target and (labels <= 0).any():
         raise DataError(
-            f"'{workload.name}' fits the logarithm of '{workload.schema.target}', which has {int((labels <= 0).sum())} values "
+            f"'{workload.name}' fits the logarithm of '{workload.schema.target}', and {int((labels <= 0).sum())} values are "
             "at or below zero; reject them with a rule or set log_target = False."
         )

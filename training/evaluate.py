@@ -19,6 +19,7 @@ from noria.metrics import evaluate
 from noria.records import Evaluation
 from noria.schema import Schema, Tensors
 from noria.workload import Workload
+from training.model import link_of
 from training.preprocess import Input, Preprocessing
 
 LEVELS = 254
@@ -52,7 +53,7 @@ class Boosted:
         extra: np.ndarray | None = None,
     ) -> Boosted:
         """On preprocessed tensors and labels [n]; `extra` [n, k] are features beside them (a champion's score)."""
-        link = "sigmoid" if workload.task == "binary" else "exp" if workload.log_target else "identity"
+        link = link_of(workload)
         words = {entry.name: _telling(tensors[entry.name], labels) for entry in inputs if entry.kind == "words"}
         table, categories = _features(inputs, tensors, words, extra)
         varied = np.flatnonzero(np.ptp(np.nan_to_num(table, nan=-1e9), axis=0) > 0)
@@ -115,7 +116,10 @@ def diagnose(history: Sequence[Mapping[str, float]], evaluations: Mapping[str, E
     gap = best["validation_loss"] / max(best["train_loss"], 1e-12) - 1
     said = [f"Best validation at epoch {best['epoch'] + 1:.0f} of {len(history)}."]
     if gap > WIDE:
-        said.append(f"Overfitting: the validation loss is {gap:.0%} above the train loss; more rows, more weight decay or less width would help.")
+        said.append(
+            f"Overfitting: the validation loss is {gap:.0%} above the train loss; "
+            "more rows, more weight decay or less width would help."
+        )
     elif gap > NARROW:
         said.append(f"The validation loss is {gap:.0%} above the train loss: an ordinary gap.")
     else:
@@ -132,7 +136,10 @@ def _compared(evaluations: Mapping[str, Evaluation], gap: float) -> list[str]:
         other = evaluations[subject].metrics["error"] if subject in evaluations else 0.0
         if other:
             word = "better" if candidate < other else "worse"
-            said.append(f"On test {abs(1 - candidate / other):.1%} {word} than the {subject} baseline ({candidate:.3f} against {other:.3f}).")
+            said.append(
+                f"On test {abs(1 - candidate / other):.1%} {word} than the {subject} baseline "
+                f"({candidate:.3f} against {other:.3f})."
+            )
             if subject == "boosted" and candidate > 1.1 * other and gap <= NARROW:
                 said.append("Underfitting: boosted trees find more in the same inputs.")
     return said
@@ -144,10 +151,15 @@ def curves(history: Sequence[Mapping[str, float]], unit: str) -> Figure:
     epochs = [entry["epoch"] + 1 for entry in history]
     best = min(range(len(history)), key=lambda index: history[index]["validation_loss"], default=None)
     for axes, measure, label in zip(
-        figure.subplots(1, 2), ("loss", "error"), ("loss (optimised)", f"error ({unit})" if unit else "error"), strict=True
+        figure.subplots(1, 2),
+        ("loss", "error"),
+        ("loss (optimised)", f"error ({unit})" if unit else "error"),
+        strict=True,
     ):
         for part, colour in (("train", "#7f8c99"), ("validation", "#1f6fb4"), ("test", "#d9822b")):
-            axes.plot(epochs, [entry[f"{part}_{measure}"] for entry in history], color=colour, label=part, marker=".", lw=1.6)
+            axes.plot(
+                epochs, [entry[f"{part}_{measure}"] for entry in history], color=colour, label=part, marker=".", lw=1.6
+            )
         if best is not None:
             axes.axvline(epochs[best], color="#1f6fb4", lw=0.8, ls=":", label="best on validation")
         axes.set_xlabel("epoch")

@@ -1,7 +1,7 @@
 """From a trained network to one ONNX graph, from raw columns to `score`: the exported network behind its preprocessing.
 
-Importing this module costs seconds (the exporter's libraries), so only `training.fit` does. Not here: whether the graph is
-right (`training.parity`).
+The first export of a process costs seconds (the exporter's libraries), so only `training.fit` and the trial of
+`noria check` import this module. Not here: whether the graph is right (`training.parity`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def export(scored: Scored, preprocessing: Preprocessing) -> bytes:
     links = [(entry.name, f"in_{index}") for index, entry in enumerate(preprocessing.inputs) if f"in_{index}" in read]
     whole = compose.merge_models(first, network, io_map=links, outputs=[SCORE], name="noria", producer_name="noria")
     del whole.graph.value_info[:]
+    del whole.opset_import[:]  # merging lists a domain twice
+    whole.opset_import.extend(first.opset_import)
     _declare_rows(whole)
     onnx.checker.check_model(whole, full_check=True)
     return bytes(whole.SerializeToString())
@@ -61,7 +63,9 @@ def _network(scored: Scored, inputs: tuple[Input, ...]) -> onnx.ModelProto:
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, torch.export.UnsupportedOperatorException) as error:  # type: ignore[attr-defined]
-            raise TrainingError(f"The network {type(scored.network).__name__} cannot be exported to ONNX: {error}") from error
+            raise TrainingError(
+                f"The network {type(scored.network).__name__} cannot be exported to ONNX: {error}"
+            ) from error
     return onnx.ModelProto.FromString(program.model_proto.SerializeToString())
 
 

@@ -24,7 +24,7 @@ DAY, WEEK = 86_400, 604_800
 CLIP = 8.0
 """Standardised numbers are cut at this many deviations: a wild value must not carry the score away."""
 BLANKS = {"\n": 256, "\r": 256, "\t": 64}
-"""White space that StringSplit does not split at, and how many times a text may use each before the rest stays glued."""
+"""White space that StringSplit does not split at, and how often a text may use each before the rest stays glued."""
 
 
 class Builder:
@@ -73,7 +73,9 @@ def levels(build: Builder, raw: str, name: str, *, known: list[Any], text: bool)
     """int64 or string [n] to int64 [n]: 0 missing, 1 unknown, 2... the known levels in their order."""
     keys = {"keys_strings": ["", *known]} if text else {"keys_int64s": [MISSING_INTEGER, *known]}
     values = [0, *range(2, len(known) + 2)]
-    return build.node("LabelEncoder", raw, name=name, domain="ai.onnx.ml", values_int64s=values, default_int64=1, **keys)
+    return build.node(
+        "LabelEncoder", raw, name=name, domain="ai.onnx.ml", values_int64s=values, default_int64=1, **keys
+    )
 
 
 def clock(build: Builder, raw: str, names: tuple[str, str, str]) -> None:
@@ -82,6 +84,7 @@ def clock(build: Builder, raw: str, names: tuple[str, str, str]) -> None:
     Integers only, and the remainder of the big number first: epoch seconds do not fit a float32, and adding to a number
     near the end of int64 would wrap around.
     """
+
     def whole(value: int) -> str:
         return build.constant(value, np.int64)
 
@@ -114,7 +117,9 @@ def words(build: Builder, raw: str, name: str, *, known: list[str], width: int) 
     ids = levels(build, tokens(build, raw, width), "", known=known, text=True)
     zero = build.constant(0, np.int64)
     found = build.node("Shape", ids, start=1, end=2)
-    lacking = build.node("Max", build.node("Sub", build.constant([width], np.int64), found), build.constant([0], np.int64))
+    lacking = build.node(
+        "Max", build.node("Sub", build.constant([width], np.int64), found), build.constant([0], np.int64)
+    )
     pads = build.node("Concat", build.constant([0, 0, 0], np.int64), lacking, axis=0)
     padded = build.node("Pad", ids, pads, zero)
     start, end, axis = (build.constant([value], np.int64) for value in (0, width, 1))

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from noria.errors import TrainingError
 from noria.metrics import Loss, row_losses
 from noria.options import TrainingOptions
 from noria.workload import load_object
-from training.model import Scored
+from training.model import Link, Scored
 from training.preprocess import Input
 
 Weights = dict[str, np.ndarray]
@@ -39,7 +39,7 @@ class Job:
     network: str
     options: TrainingOptions
     loss: Loss
-    link: Literal["identity", "exp", "sigmoid"]
+    link: Link
     center: float
     scale: float
     """The network fits (link^-1(target) - center) / scale; learnt on the train part."""
@@ -56,9 +56,13 @@ class Job:
         network = load_object(self.network)(self.inputs, self.options)
         if self.weights is not None:
             try:
-                network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in self.weights.items()})
+                network.load_state_dict(
+                    {name: torch.from_numpy(np.array(value)) for name, value in self.weights.items()}
+                )
             except RuntimeError as error:
-                raise TrainingError(f"The champion's weights do not fit the network ({error}); train without warm start.") from None
+                raise TrainingError(
+                    f"The champion's weights do not fit the network ({error}); train without warm start."
+                ) from None
         return Scored(network, center=self.center, scale=self.scale, link=self.link)
 
 
@@ -105,8 +109,8 @@ class State:
 def train(job: Job, parts: Mapping[str, Part], place: Place | None = None) -> tuple[Weights, History]:
     """Train until validation stops getting better; the weights of the best epoch and the curves.
 
-    A history entry has `epoch`, and for each part `<part>_loss` (what is optimised) and `<part>_error` (the workload's row
-    loss, in the target's unit). Early stopping follows `validation_loss`; test is only watched.
+    A history entry has `epoch`, and for each part `<part>_loss` (what is optimised) and `<part>_error` (the workload's
+    row loss, in the target's unit). Early stopping follows `validation_loss`; test is only watched.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -138,16 +142,24 @@ class _Run:
         self.tensors = {name: _load(job, part, place.device) for name, part in parts.items()}
         self.batches = len(parts["train"]) // self.batch
         self.optimizer = torch.optim.AdamW(
-            self.scored.network.parameters(), lr=self.options.learning_rate, weight_decay=self.options.weight_decay, fused=True
+            self.scored.network.parameters(),
+            lr=self.options.learning_rate,
+            weight_decay=self.options.weight_decay,
+            fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, self.options.learning_rate, total_steps=self.options.epochs * self.batches, pct_start=WARM_UP
+            self.optimizer,
+            self.options.learning_rate,
+            total_steps=self.options.epochs * self.batches,
+            pct_start=WARM_UP,
         )
 
     def epoch(self, number: int) -> None:
         """One pass over the train part in an order that depends on seed and epoch only."""
         seed = self.options.seed * 1_000_003 + number
-        order = torch.randperm(len(self.parts["train"]), generator=torch.Generator().manual_seed(seed)).to(self.place.device)
+        order = torch.randperm(len(self.parts["train"]), generator=torch.Generator().manual_seed(seed)).to(
+            self.place.device
+        )
         torch.manual_seed(seed * 64 + self.place.rank)
         features, target = self.tensors["train"]
         self.network.train()
@@ -171,7 +183,9 @@ class _Run:
             output = self.scored.network(*[tensor[rows] for tensor in features])
             found[f"{name}_loss"] = float(_loss(self.job, output, target[rows]))
             scores = self.scored.finish(output).cpu().numpy()
-            found[f"{name}_error"] = float(row_losses(self.job.loss, self.parts[name].labels[rows.cpu().numpy()], scores).mean())
+            found[f"{name}_error"] = float(
+                row_losses(self.job.loss, self.parts[name].labels[rows.cpu().numpy()], scores).mean()
+            )
         return found
 
     def judge(self, state: State, entry: dict[str, float]) -> None:
@@ -195,7 +209,11 @@ class _Run:
     def save(self, state: State) -> bytes:
         """Everything needed to go on after the last epoch."""
         buffer = io.BytesIO()
-        moving = {"network": self.scored.network, "optimizer": self.optimizer, "schedule": self.schedule}
+        moving: dict[str, Any] = {
+            "network": self.scored.network,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+        }
         torch.save({name: part.state_dict() for name, part in moving.items()} | vars(state), buffer)
         return buffer.getvalue()
 

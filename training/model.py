@@ -6,14 +6,17 @@ forward takes the tensors in the inputs' order and returns float32 [n], the stan
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from noria.options import TrainingOptions
+from noria.workload import Workload
 from training.preprocess import Input
 
+Link = Literal["identity", "exp", "sigmoid"]
 REACH = 10.0
 """Standardised outputs are cut here before the exponential, so that no input can give an infinite score."""
 
@@ -68,9 +71,9 @@ class TabularNet(nn.Module):
 
 
 class Scored(nn.Module):
-    """A network with its last step: standardised output or logit [n] to a score in the target's unit or a probability."""
+    """A network with its last step: an output [n] to a score in the target's unit or a probability."""
 
-    def __init__(self, network: nn.Module, *, center: float, scale: float, link: Literal["identity", "exp", "sigmoid"]) -> None:
+    def __init__(self, network: nn.Module, *, center: float, scale: float, link: Link) -> None:
         super().__init__()
         self.network, self.center, self.scale, self.link = network, center, scale, link
 
@@ -87,6 +90,13 @@ class Scored(nn.Module):
         return output * self.scale + self.center
 
 
+def link_of(workload: Workload) -> Link:
+    """How a network's output becomes a score of this workload."""
+    if workload.task == "binary":
+        return "sigmoid"
+    return "exp" if workload.log_target else "identity"
+
+
 def embedding_width(size: int, most: int) -> int:
     """Width of an embedding of `size` indices: grows slowly with the vocabulary, from 2 to `most`."""
-    return max(2, min(most, round(1.6 * size**0.45)))
+    return max(2, min(most, int(1.6 * math.pow(size, 0.45) + 0.5)))

@@ -94,7 +94,9 @@ def fit(schema: Schema, train: pa.Table, options: TrainingOptions) -> Preprocess
         if column.feature:  # the others stay inputs of the graph, so that it takes whole records
             inputs += _column(build, column, raw[column.name], options)
     outputs = {entry.name: _described(entry) for entry in inputs}
-    return Preprocessing(graph.finish(build, {column.name: column.kind for column in schema.columns}, outputs), tuple(inputs))
+    return Preprocessing(
+        graph.finish(build, {column.name: column.kind for column in schema.columns}, outputs), tuple(inputs)
+    )
 
 
 def _column(build: graph.Builder, column: Column, values: np.ndarray, options: TrainingOptions) -> list[Input]:
@@ -129,7 +131,10 @@ def _statistics(values: np.ndarray) -> tuple[tuple[float, float], tuple[float, f
     both = [(float(one.mean()), float(one.std())) for one in (present, log)]
     # A column of one value (deviation 0, or what rounding left of it) keeps its unit.
     (plain_mean, plain), (log_mean, deviation) = both
-    return (plain_mean, plain if plain > 1e-6 * abs(plain_mean) else 1.0), (log_mean, deviation if deviation > 1e-6 else 1.0)
+    return (plain_mean, plain if plain > 1e-6 * abs(plain_mean) else 1.0), (
+        log_mean,
+        deviation if deviation > 1e-6 else 1.0,
+    )
 
 
 def _words(name: str, values: np.ndarray, width: int) -> Counter[str]:
