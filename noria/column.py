@@ -50,6 +50,8 @@ MISSING: dict[str, Any] = {
 }
 LARGEST_NUMBER = 3e38
 """A number's magnitude stays below it, so that it is finite as float32."""
+EARLIEST, LATEST = -62_135_596_800, 253_402_300_799
+"""Epoch seconds of the years 1 to 9999: the times that Arrow, Delta Lake and Python can all hold."""
 FORMS = {
     "number": "a number",
     "integer": "a whole number",
@@ -100,7 +102,7 @@ def parse_value(column: Column, value: Any, row: int) -> Any:
             return value
     elif column.kind == "timestamp":
         try:
-            return _in_int64(parse_time(value))
+            return _in_calendar(parse_time(value))
         except (ValueError, OverflowError):
             pass
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -116,10 +118,10 @@ def parse_value(column: Column, value: Any, row: int) -> Any:
     raise SchemaError(f"Row {row}: '{column.name}' is {shown}; it must be {FORMS[column.kind]}.", column.name, row)
 
 
-def _in_int64(value: int) -> int:
-    if abs(value) >= 2**53:
+def _in_calendar(seconds: int) -> int:
+    if not EARLIEST <= seconds <= LATEST:
         raise OverflowError
-    return value
+    return seconds
 
 
 def _in_range(column: Column, value: float, row: int) -> float:

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 
 from noria.column import (
     ARROW,
+    EARLIEST,
+    LATEST,
     MISSING,
     MISSING_INTEGER,
     NUMPY,
@@ -166,6 +168,8 @@ class Schema:
                 refuse(column, np.isinf(values), "is not finite")
             else:
                 missing = values == MISSING_INTEGER
+            if column.kind == "timestamp":
+                refuse(column, ~missing & ((values < EARLIEST) | (values > LATEST)), "is outside the years 1 to 9999")
             if column.required:
                 refuse(column, missing, "is missing, and the column is required")
             if column.low is not None:
