@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from noria.column import FORMS, MISSING_INTEGER, Tensors, parse_time
+from noria.column import EARLIEST, FORMS, LATEST, MISSING_INTEGER, Tensors, parse_time
 from noria.errors import NoriaError, SchemaError
 from noria.schema import Schema
 
 MOST_ROWS = 10_000
 """Rows (or labels) accepted in one request."""
-EARLIEST, LATEST = -62_135_596_800, 253_402_300_799
-"""Epoch seconds of the years 1 and 9999: what a timestamp in the lake can hold."""
 
 
 class Refusal(NoriaError):

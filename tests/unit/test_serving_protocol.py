@@ -1,0 +1,168 @@
+"""What goes over the wire: every way to say a row, and every way to say it wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+import pytest
+
+from noria.column import MISSING_INTEGER
+from noria.errors import SchemaError
+from noria.schema import Column, Schema
+from serving.protocol import MOST_ROWS, Refusal, decode_feedback, decode_predict
+from serving.tensors import decode_infer, example, metadata
+
+RECORD = {"pickup": "2020-03-15T08:30:00", "vendor": "Midtown", "distance": 2.5, "zone": 1}
+
+
+def infer(**columns):
+    kinds = {"pickup": "INT64", "vendor": "BYTES", "distance": "FP32", "zone": "INT64"}
+    inputs = [
+        {"name": name, "datatype": kinds[name], "shape": [len(data)], "data": data} for name, data in columns.items()
+    ]
+    return orjson.dumps({"inputs": inputs})
+
+
+def test_three_ways_to_send_records(trips_schema):
+    for body in ({"records": [RECORD]}, [RECORD], RECORD):
+        rows = decode_predict(orjson.dumps(body), trips_schema)
+        assert rows.times.tolist() == [1584261000_000_000]
+        assert rows.tensors["vendor"].tolist() == ["Midtown"]
+
+
+def test_event_time_beside_the_columns_and_without_it_the_clock():
+    schema = Schema((Column("x", "number"),), event_time="at", target="y")
+    rows = decode_predict(b'[{"x": 1, "at": 60}, {"x": 2}]', schema)
+    assert rows.times[0] == 60_000_000
+    assert rows.times[1] > 1_600_000_000_000_000
+    assert set(rows.tensors) == {"x"}
+    with pytest.raises(SchemaError, match="Row 1: 'at' is 'soon'"):
+        decode_predict(b'[{"x": 1, "at": 60}, {"x": 2, "at": "soon"}]', schema)
+    with pytest.raises(SchemaError, match="years 1 to 9999"):
+        decode_predict(b'[{"x": 1, "at": 999999999999999}]', schema)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        (b"", 400, "empty"),
+        (b"{", 400, "not JSON"),
+        (b'{"records": [{"distance": NaN}]}', 400, "NaN is not JSON"),
+        (b'{"records": 3}', 422, "list"),
+        (b'"text"', 422, "list"),
+        (b'{"records": [], "more": 1}', 422, "more"),
+        (orjson.dumps([RECORD] * (MOST_ROWS + 1)), 413, "at most 10000"),
+    ],
+)
+def test_refusals_of_the_body(trips_schema, body, status, part):
+    with pytest.raises(Refusal, match=part) as caught:
+        decode_predict(body, trips_schema)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"colour": "red"}, "Row 1 has the unknown field 'colour'"),
+        ({"pickup": None}, "Row 1 has no 'pickup'"),
+        ({"distance": "far"}, "Row 1: 'distance' is 'far'; it must be a number"),
+        ({"distance": -1}, "below 0"),
+        ({"distance": 101}, "above 100"),
+        ({"zone": 1.5}, "whole number"),
+        ({"vendor": 7}, "it must be a string"),
+        ({"pickup": 10**18}, "ISO 8601"),
+    ],
+)
+def test_refusals_name_field_and_row(trips_schema, change, part):
+    with pytest.raises(SchemaError, match=part) as caught:
+        decode_predict(orjson.dumps([RECORD, {**RECORD, **change}]), trips_schema)
+    assert caught.value.row == 1
+
+
+def test_infer_reads_tensors_with_missing_values(trips_schema):
+    body = infer(pickup=[60, 120], vendor=["", None], distance=[None, 3], zone=[None, 2])
+    rows, request = decode_infer(body, trips_schema)
+    assert request is None
+    assert rows.tensors["vendor"].tolist() == ["", ""]
+    assert np.isnan(rows.tensors["distance"][0])
+    assert rows.tensors["distance"].dtype == np.float32
+    assert rows.tensors["zone"].tolist() == [MISSING_INTEGER, 2]
+    assert rows.times.tolist() == [60_000_000, 120_000_000]
+
+
+def test_infer_takes_columns_of_one_and_iso_times(trips_schema):
+    inputs = [
+        {"name": "pickup", "datatype": "BYTES", "shape": [2, 1], "data": [["2020-03-15T08:30:00"], ["2020-03-16"]]},
+        {"name": "vendor", "datatype": "BYTES", "shape": [2, 1], "data": [["a"], ["b"]]},
+    ]
+    rows, request = decode_infer(orjson.dumps({"id": "q1", "inputs": inputs}), trips_schema)
+    assert request == "q1"
+    assert rows.tensors["pickup"].tolist() == [1584261000, 1584316800]
+    assert np.isnan(rows.tensors["distance"]).all()  # a column that was not sent is missing
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"[]", "inference request"),
+        (b'{"inputs": []}', "no inputs"),
+        (b'{"inputs": [4]}', "object with name"),
+        (infer(pickup=[], vendor=[]), "no rows"),
+        (infer(pickup=[1], vendor=["a", "b"]), "differ in their number of rows"),
+        (infer(pickup=[1], distance=["2"]), "'distance' is '2'; it must be a number"),
+        (infer(pickup=[1], distance=[True]), "must be a number"),
+        (infer(pickup=[1], distance=[1e300]), "'distance'"),
+        (infer(pickup=[1], distance=[101]), "above 100"),
+        (infer(pickup=[None]), "Row 0.*'pickup'"),
+        (infer(pickup=[2**63]), "'pickup'"),
+        (infer(pickup=[10**17]), "years 1 to 9999|'pickup'"),
+        (infer(pickup=[1], zone=[2**64 - 1]), "'zone'"),
+        (infer(pickup=[1], vendor=[["a", "b"]]), "must be a string"),
+        (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}', "no input 'x'"),
+        (b'{"inputs": [{"name": "vendor", "datatype": "FP32", "shape": [1], "data": [1]}]}', "one of BYTES"),
+        (b'{"inputs": [{"name": "vendor", "datatype": "BYTES", "shape": [2], "data": ["a"]}]}', "1 values"),
+        (b'{"inputs": [{"name": "vendor", "datatype": "BYTES", "shape": [1, 2], "data": ["a"]}]}', "shape"),
+        (b'{"inputs": [{"name": "vendor", "datatype": "BYTES", "shape": "1", "data": ["a"]}]}', "shape"),
+        (b'{"inputs": [{"name": "vendor", "datatype": "BYTES", "shape": [1]}]}', "no data"),
+    ],
+)
+def test_infer_refusals(trips_schema, body, part):
+    with pytest.raises((Refusal, SchemaError), match=part):
+        decode_infer(body, trips_schema)
+
+
+def test_infer_example_and_metadata_fit_each_other(trips_schema):
+    rows, _ = decode_infer(orjson.dumps(example(trips_schema)), trips_schema)
+    assert len(rows) == 1
+    assert [entry["name"] for entry in metadata("trips", 3, trips_schema)["inputs"]] == list(trips_schema.names)
+
+
+def test_feedback():
+    body = {"labels": [{"id": "a", "label": 3, "time": "1970-01-01T00:01:00"}, {"id": "b", "label": 0.5}]}
+    ids, labels, times = decode_feedback(orjson.dumps(body), "regression")
+    assert (ids, labels, times[0]) == (["a", "b"], [3.0, 0.5], 60_000_000)
+
+
+@pytest.mark.parametrize(
+    ("label", "part"),
+    [
+        ({"id": "a", "label": "3"}, "Row 0: 'label' is '3'; it must be a number"),
+        ({"id": "a", "label": True}, "must be a number"),
+        ({"id": "a", "label": 2}, "must be 0 or 1"),
+        ({"id": "a"}, "'label' is None"),
+        ({"id": 4, "label": 1}, "'id' must be"),
+        ({"id": "", "label": 1}, "'id' must be"),
+        ({"id": "a", "label": 1, "time": "late"}, "'time' is 'late'"),
+        ({"id": "a", "label": 1, "x": 1}, "unknown field 'x'"),
+        ([], "not an object"),
+    ],
+)
+def test_feedback_refusals(label, part):
+    with pytest.raises(SchemaError, match=part):
+        decode_feedback(orjson.dumps([label]), "binary")
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"3", b'{"labels": {}}'])
+def test_feedback_needs_labels(body):
+    with pytest.raises(Refusal, match="labels"):
+        decode_feedback(body, "binary")
