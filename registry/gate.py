@@ -168,8 +168,8 @@ def _slices(contest: Contest, evidence: _Evidence, options: GateOptions) -> list
         gain = evidence.gain("champion", name, mask.astype(bool))
         if gain.high < -options.slice_tolerance:
             found.append(
-                f"The candidate breaks the slice '{name}' ({int(mask.sum())} rows): {change(gain.value)} than the champion "
-                f"there, surely more than the {options.slice_tolerance:.0%} that are tolerated."
+                f"The candidate breaks the slice '{name}' ({int(mask.sum())} rows): {change(gain.value)} than the "
+                f"champion there, surely more than the {options.slice_tolerance:.0%} that are tolerated."
             )
     return found
 

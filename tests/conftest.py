@@ -1,0 +1,121 @@
+"""What every tier shares: markers by folder, and one small bundle that is made by hand (no training)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pytest
+from onnx import TensorProto, helper
+
+from noria.decision import Band, Bands
+from noria.metrics import evaluate
+from noria.records import DatasetRef, Window, moment
+from noria.runtime import open_session, score
+from noria.schema import MISSING_INTEGER, Column, Schema
+from registry.bundle import Contents, Facts
+from registry.proof import Proof
+
+TIERS = ("unit", "integration", "browser", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for tier in TIERS:
+            if tier in Path(str(item.path)).parts:
+                item.add_marker(tier)
+
+
+@pytest.fixture(scope="session")
+def trips_schema() -> Schema:
+    return Schema(
+        (
+            Column("distance", "number", low=0, high=100, description="metered miles", example=2.5),
+            Column("zone", "integer", example=132),
+            Column("vendor", "string", example="A"),
+            Column("pickup", "timestamp", required=True, example="2018-03-01T08:30:00"),
+        ),
+        event_time="pickup",
+        target="minutes",
+    )
+
+
+@pytest.fixture(scope="session")
+def trips_graph() -> bytes:
+    """score = distance (missing: 0) + vendor (A 1, B 2, missing 0, unknown 3) + part of the day + 1 without a zone."""
+    number, whole = TensorProto.FLOAT, TensorProto.INT64
+    nodes = [
+        helper.make_node("IsNaN", ["distance"], ["absent"]),
+        helper.make_node("Where", ["absent", "zero", "distance"], ["miles"]),
+        helper.make_node(
+            "LabelEncoder", ["vendor"], ["seller"], domain="ai.onnx.ml",
+            keys_strings=["", "A", "B"], values_floats=[0.0, 1.0, 2.0], default_float=3.0,
+        ),
+        helper.make_node("Mod", ["pickup", "day"], ["second"]),
+        helper.make_node("Cast", ["second"], ["second_number"], to=number),
+        helper.make_node("Div", ["second_number", "day_number"], ["part"]),
+        helper.make_node("Equal", ["zone", "missing"], ["nowhere"]),
+        helper.make_node("Cast", ["nowhere"], ["nowhere_number"], to=number),
+        helper.make_node("Sum", ["miles", "seller", "part", "nowhere_number"], ["score"]),
+    ]  # fmt: skip
+    inputs = {"distance": number, "zone": whole, "vendor": TensorProto.STRING, "pickup": whole}
+    graph = helper.make_graph(
+        nodes,
+        "trips",
+        [helper.make_tensor_value_info(name, kind, ["n"]) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info("score", number, ["n"])],
+        [
+            helper.make_tensor("zero", number, [], [0.0]),
+            helper.make_tensor("day", whole, [], [86_400]),
+            helper.make_tensor("day_number", number, [], [86_400.0]),
+            helper.make_tensor("missing", whole, [], [MISSING_INTEGER]),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+@pytest.fixture(scope="session")
+def trips() -> pa.Table:
+    """2,000 raw rows of the first half of 2018, 5% missing in every optional column."""
+    rows, generator = 2000, np.random.default_rng(0)
+    seconds = np.sort(generator.integers(0, 86_400 * 180, rows)) * np.timedelta64(1, "s")
+    return pa.table(
+        {
+            "distance": pa.array(generator.exponential(3, rows), mask=generator.random(rows) < 0.05),
+            "zone": pa.array(generator.integers(1, 264, rows), mask=generator.random(rows) < 0.05),
+            "vendor": pa.array(generator.choice(["A", "B"], rows), mask=generator.random(rows) < 0.05),
+            "pickup": pa.array(np.datetime64("2018-01-01", "us") + seconds, pa.timestamp("us", tz="UTC")),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def make_contents(trips_schema: Schema, trips_graph: bytes, trips: pa.Table) -> Callable[..., Contents]:
+    """A bundle's contents, with changes."""
+    scores = score(open_session(trips_graph), trips_schema.tensors(trips)).astype(np.float64)
+    truth = scores + np.random.default_rng(1).normal(0, 1, len(scores))
+    subjects = {"candidate": scores, "naive": np.full(len(scores), np.median(truth)), "boosted": scores * 1.05}
+    window = Window(moment("2018-01-01"), moment("2018-07-01"))
+    contents = {
+        "model": trips_graph,
+        "facts": Facts("trips", "regression", "absolute_error", unit="min", notes="Distance is the metered one."),
+        "schema": trips_schema,
+        "bands": Bands((Band("long", 5.0),), "short"),
+        "proof": Proof.make(trips_graph, trips_schema, trips),
+        "reference": trips.append_column("minutes", pa.array(truth))
+        .append_column("score", pa.array(scores))
+        .append_column("split", pa.array(["train"] * len(scores))),
+        "dataset": DatasetRef("trips", window, window.end, {"records": 0}, len(scores), "ab" * 32),
+        "evaluations": {
+            name: evaluate(truth, found, task="regression", loss="absolute_error") for name, found in subjects.items()
+        },
+        "thresholds": {"rows": 100},
+        "parity": {"rows": 10_000, "worst": 1e-6},
+    }
+    return lambda **changes: Contents(**{**contents, **changes})
