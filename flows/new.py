@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -103,6 +104,8 @@ def write_workload(name: str, folder: Path) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
         raise WorkloadError(f"'{name}' is not a usable name: lower-case letters, digits and _, a letter first.")
     path = folder / f"{name}.py"
+    if not path.exists() and find_spec(name) is not None:
+        raise WorkloadError(f"'{name}' is the name of an installed module, which would hide yours; choose another.")
     words = name.split("_")
     text = TEMPLATE.substitute(name=name, title=" ".join(words).capitalize(), kind="".join(map(str.capitalize, words)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,8 @@ ARCHIVE = Archive(
     sha256="8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
     wanted="package/data/*/*.txt",
 )
+MAILS = f"spam-{ARCHIVE.sha256[:12]}-1.parquet"
+"""File in the cache; its last number counts changes of what `read_folder` makes."""
 WEB_MAIL = ("hotmail.com", "yahoo.com", "aol.com", "msn.com", "mail.com", "excite.com", "lycos.com", "netscape.net",
             "eudoramail.com", "flashmail.com", "email.com", "yahoo.co.uk", "caramail.com", "earthlink.net")  # fmt: skip
 LISTS = ("taint.org", "tuatha.org", "linux.ie", "perl.org", "sourceforge.net", "yahoogroups.com", "redhat.com")
@@ -49,7 +51,7 @@ _TAG = re.compile(r"^((?:re|fwd?): *)*(\[[^\]]{1,40}\] *)+", re.IGNORECASE)
 _FOOTER = re.compile(r"\n-{20,}\s*\nThis sf\.net email.*|\n_{20,}\s*\n.{0,400}listinfo.*", re.S)
 _LIST_LINE = re.compile(r"listinfo|listmaster|mailing list\b.*@|sf\.net|yahoogroups|yahoo! groups|^(url|date): ", re.I)
 _REWRITTEN = re.compile(r"taint\.org|netnoteinc|\bzzzz|\byyyy|jmason", re.I)
-_HIDDEN = re.compile(r"<(script|style|title)\b.*?</\1\s*>|<!--.*?-->", re.I | re.S)
+_HIDDEN = re.compile(r"<(script|style|title)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)", re.I | re.S)
 _MARKUP = re.compile(r"<[^<>]*>")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
@@ -153,8 +155,7 @@ class Spam(Workload):
 def _mails(progress: Callable[[str], None] | None = None) -> Path:
     """The file with every e-mail; made on first use."""
     cache = load_settings().downloads
-    path = cache / f"spam-{ARCHIVE.sha256[:12]}-1.parquet"
-    return convert(path, lambda: read_folder(fetch(ARCHIVE, cache, progress)), "date")
+    return convert(cache / MAILS, lambda: read_folder(fetch(ARCHIVE, cache, progress)), "date")
 
 
 def read_folder(folder: Path) -> pa.Table:

@@ -30,6 +30,8 @@ ARCHIVE = Archive(
     sha256="d35f98a4a1ec27457b61a99ed194ad55eeabcd9c9677162dd2a5db853e9f2490",
     wanted="*/taxi_yellow_tripdata_samples/yellow_tripdata_sample_????-??.csv",
 )
+TRIPS = f"taxi-{ARCHIVE.sha256[:12]}-1.parquet"
+"""File in the cache; its last number counts changes of what `read_folder` makes."""
 READ = ["pickup_datetime", "dropoff_datetime", "pickup_location_id", "dropoff_location_id", "trip_distance",
         "passenger_count", "vendor_id", "rate_code_id", "fare_amount", "congestion_surcharge"]  # fmt: skip
 """Columns of the files that are kept; the rest (payment, tips, tolls) is known only afterwards and no rule reads it."""
@@ -189,11 +191,10 @@ class Taxi(Workload):
 def _trips(progress: Callable[[str], None] | None = None) -> Path:
     """The file with every trip; made on first use."""
     cache = load_settings().downloads
-    path = cache / f"taxi-{ARCHIVE.sha256[:12]}-1.parquet"
-    return convert(path, lambda: _read(fetch(ARCHIVE, cache, progress)), "pickup_datetime")
+    return convert(cache / TRIPS, lambda: read_folder(fetch(ARCHIVE, cache, progress)), "pickup_datetime")
 
 
-def _read(folder: Path) -> pa.Table:
+def read_folder(folder: Path) -> pa.Table:
     """Every month's file, in the schema's types; `file_month` is the month in the file's name."""
     parts = []
     for path in sorted(folder.rglob("*.csv")):
