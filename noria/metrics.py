@@ -42,14 +42,21 @@ def residuals(labels: np.ndarray, scores: np.ndarray, *, log: bool) -> np.ndarra
 
 def bootstrap(values: np.ndarray, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """Mean of `values` with its percentile bootstrap interval (Efron 1979). `values` must not be empty."""
+    return bootstraps(values[:, None], resamples=resamples, level=level, seed=seed)[0]
+
+
+def bootstraps(
+    columns: np.ndarray, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Interval, ...]:
+    """`bootstrap` of each column of [n, k], on the same resamples: drawing them is what takes the time."""
     generator = np.random.default_rng(seed)
     # Poisson(1) counts a row instead of drawing indices: the same limit, one matrix product (Hanley & MacGibbon 2006).
-    means = np.empty(resamples)
+    means = np.empty((resamples, columns.shape[1]))
     for start in range(0, resamples, 50):
-        counts = generator.poisson(1.0, (min(50, resamples - start), len(values))).astype(np.float64)
-        means[start : start + len(counts)] = counts @ values / np.maximum(counts.sum(1), 1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+        counts = generator.poisson(1.0, (min(50, resamples - start), len(columns))).astype(np.float64)
+        means[start : start + len(counts)] = counts @ columns / np.maximum(counts.sum(1, keepdims=True), 1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return tuple(Interval(*(float(part) for part in one)) for one in zip(columns.mean(0), low, high, strict=True))
 
 
 def recalibration(
