@@ -34,6 +34,8 @@ HOURS_PER_BIN = 3
 KNOWN_LEVELS = 2_000
 """Levels remembered, beyond the counted ones, to tell a rare level from a new one."""
 COMMON_WORDS = 2_000
+LEVELS_PER_BIN = 3
+"""Levels counted for each bin that a number would get: with fewer, 'other' swallows most of a column of ids."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def binnings(reference: pa.Table, schema: Schema, bins: int) -> Iterator[Binning
 
 def _learn(column: str, reading: Reading, values: pa.Array, bins: int) -> Binning:
     if reading == "level":
-        top, rest = _frequent(values, bins, KNOWN_LEVELS)
+        top, rest = _frequent(values, bins * LEVELS_PER_BIN, KNOWN_LEVELS)
         return Binning(column, reading, levels=top, known=rest)
     if reading == "hour":
         return Binning(column, reading, edges=tuple(hour - 0.5 for hour in range(HOURS_PER_BIN, 24, HOURS_PER_BIN)))

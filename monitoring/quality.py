@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from noria.metrics import EDGE, bootstrap, evaluate, residuals, row_losses
+from noria.metrics import EDGE, bootstraps, evaluate, residuals, row_losses
 from noria.records import Evaluation, Interval, Quality
 from noria.workload import Workload
 
@@ -30,37 +30,35 @@ def judge(rows: pa.Table, reference: Evaluation, workload: Workload) -> Quality:
     """
     labels = np.asarray(rows.column("label").to_numpy(), np.float64)
     scores = np.asarray(rows.column("score").to_numpy(), np.float64)
-    losses = row_losses(workload.loss, labels, scores)
+    sizes, errors = max(float(np.abs(labels).mean()), EDGE), np.abs(labels - scores)
+    ratio = float(errors.mean()) / sizes
+    # The interval of a ratio by the delta method: that of the mean of its linear part.
+    linear = ratio + (errors - ratio * np.abs(labels)) / sizes
+    losses, rest = row_losses(workload.loss, labels, scores), residuals(labels, scores, log=workload.log_target)
+    error, bias, relative = _intervals(np.stack([losses, rest, linear], axis=1))
     found = evaluate(labels, scores, task=workload.task, loss=workload.loss, log=workload.log_target)
     known = reference.metrics
     return Quality(
         rows=len(rows),
-        error=_interval(losses),
+        error=error,
         reference_error=known.get("error", float("nan")),
-        bias=_interval(residuals(labels, scores, log=workload.log_target)),
+        bias=bias,
         reference_bias=known.get("mean_residual", 0.0),
         reference_spread=known.get("residual_spread", float("nan")),
         metrics=found.metrics,
-        relative=_ratio(np.abs(labels - scores), np.abs(labels)) if workload.log_target else None,
+        relative=relative if workload.log_target else None,
         reference_relative=known.get("wape", 0.0),
         reference_rows=reference.rows,
         newest=_newest(rows),
     )
 
 
-def _interval(values: np.ndarray) -> Interval:
-    if len(values) <= EXACT_ROWS:
-        return bootstrap(values)
-    mean, half = float(values.mean()), NORMAL_95 * float(values.std()) / len(values) ** 0.5
-    return Interval(mean, mean - half, mean + half)
-
-
-def _ratio(errors: np.ndarray, sizes: np.ndarray) -> Interval:
-    """Sum of errors / sum of sizes; its interval by the delta method, as the mean of its linear part."""
-    mean = max(float(sizes.mean()), EDGE)
-    ratio = float(errors.mean()) / mean
-    around = _interval((errors - ratio * sizes) / mean)
-    return Interval(ratio, ratio + around.low, ratio + around.high)
+def _intervals(columns: np.ndarray) -> tuple[Interval, ...]:
+    """The mean of each column of [n, k] with its interval."""
+    if len(columns) <= EXACT_ROWS:
+        return bootstraps(columns)
+    means, halves = columns.mean(0), NORMAL_95 * columns.std(0) / len(columns) ** 0.5
+    return tuple(Interval(float(m), float(m - h), float(m + h)) for m, h in zip(means, halves, strict=True))
 
 
 def _newest(rows: pa.Table) -> datetime | None:

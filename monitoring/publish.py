@@ -1,0 +1,107 @@
+"""Write a watch to the Evidently workspace behind the dashboards: a project per workload, a run per window.
+
+Not here: judging (the report comes in judged) and serving the pages (`evidently ui` reads the workspace). The project
+and its panels are made once; what a person then changes in the Evidently UI stays.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from evidently.sdk.models import DashboardModel, DashboardPanelPlot, DashboardTabModel, PanelMetric, ProjectModel
+from evidently.sdk.panels import bar_plot_panel, counter_panel, line_plot_panel
+from evidently.ui.storage.local.base import LocalState
+from filelock import FileLock
+
+from monitoring.figures import run
+from monitoring.page import page
+from monitoring.window import Observation
+from noria.workload import Workload
+
+NAMESPACE = uuid.UUID("6f1b3c52-7a0e-5d3b-9a57-0d6a6e6f7269")
+"""Projects are found by an id made from the workload's name, so that two writers cannot make two."""
+
+
+def publish(observation: Observation, workspace: Path) -> str:
+    """Write one run; returns the path of its page below the Evidently UI's address.
+
+    Safe beside other writers, in this process and others. Publishing a version's window again replaces its run.
+    """
+    state = LocalState(str(workspace))
+    project = ensure_project(observation.workload, workspace)
+    snapshot = run(observation).to_snapshot_model().copy(update={"widgets": page(observation)})
+    number = uuid.uuid5(project, f"{observation.report.version} {observation.report.window}")
+    state.write_snapshot(project, number, snapshot)
+    return f"projects/{project}/reports/{number}"
+
+
+def ensure_project(workload: Workload, workspace: Path) -> uuid.UUID:
+    """The workload's project, made with its dashboard when it is not there; returns its id."""
+    project = uuid.uuid5(NAMESPACE, workload.name)
+    if (workspace / str(project) / "metadata.json").exists():
+        return project
+    workspace.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace / ".noria.lock"):
+        if not (workspace / str(project) / "metadata.json").exists():
+            state = LocalState(str(workspace))
+            (workspace / str(project) / "snapshots").mkdir(parents=True, exist_ok=True)
+            state.write_dashboard(project, dashboard(workload))
+            # The project's own file comes last: it is what makes the folder a project.
+            state.write_project(ProjectModel(id=project, name=workload.name, description=_description(workload)))
+    return project
+
+
+def _description(workload: Workload) -> str:
+    unit = f" Scores are {workload.unit}." if workload.unit else ""
+    return f"How the champion of '{workload.name}' fares, window by window.{unit} {workload.notes}".strip()
+
+
+def dashboard(workload: Workload) -> DashboardModel:
+    """The panels of a workload's project."""
+    unit = f" ({workload.unit})" if workload.unit else ""
+    panels = [
+        _counter("Error, newest window", "error", f"mean row error of answers whose labels have arrived{unit}"),
+        _counter("Rows, newest window", "rows", "predictions logged"),
+        _line(f"Error{unit}", "by labels that have arrived; reference: the test part of the version's own training",
+              ("error", "error"), ("reference", "reference error"), size="full"),
+        _line("Drifted columns", "share of the compared columns beyond their calibrated threshold",
+              ("share drifted", "drifted share")),
+        _line("Prediction drift", "Jensen-Shannon distance of the predictions to the reference",
+              ("distance", "prediction distance"), ("threshold", "prediction threshold")),
+        _drift_by_column(),
+        _missing_by_column(),
+        _bars("Rows", "predictions logged in the window, and answers judged by labels",
+              ("predictions", "rows"), ("judged", "labelled rows")),
+        _line("Bias", "mean residual; 0 is unbiased, above 0 the truth lies above the prediction",
+              ("bias", "bias"), ("reference", "reference bias")),
+        _line("Model version", "the version that was serving at the window's end", ("version", "version"), size="full"),
+    ]  # fmt: skip
+    return DashboardModel(tabs=[DashboardTabModel(title="Watch", panels=[one.id for one in panels])], panels=panels)
+
+
+def _figure(legend: str, name: str) -> PanelMetric:
+    return PanelMetric(legend=legend, metric="Figure", metric_labels={"name": name})
+
+
+def _counter(title: str, name: str, description: str) -> DashboardPanelPlot:
+    return counter_panel(title, [_figure(description, name)], size="half")
+
+
+def _line(title: str, description: str, *series: tuple[str, str], size: str = "half") -> DashboardPanelPlot:
+    return line_plot_panel(title, [_figure(*one) for one in series], description=description, size=size)
+
+
+def _bars(title: str, description: str, *series: tuple[str, str]) -> DashboardPanelPlot:
+    return bar_plot_panel(title, [_figure(*one) for one in series], description=description, size="half")
+
+
+def _drift_by_column() -> DashboardPanelPlot:
+    metric = PanelMetric(legend="{{column}}", metric="CalibratedDrift", metric_labels={})
+    description = "distance / calibrated threshold; above 1 is drift"
+    return line_plot_panel("Drift by column", [metric], description=description)
+
+
+def _missing_by_column() -> DashboardPanelPlot:
+    metric = PanelMetric(legend="{{column}}", metric="Figure", metric_labels={"name": "missing"})
+    return line_plot_panel("Missing values by column", [metric], description="share of rows without a value")
