@@ -1,0 +1,358 @@
+"""The server as people run it: real MLflow, real parent and worker, requests in flight while things change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import onnx
+import orjson
+import psutil
+import pytest
+
+from noria.lake import Lake
+from noria.records import Window
+from registry.bundle import Bundle
+from registry.manifest import seal
+from registry.promote import promote, rollback
+from registry.proof import Proof
+from registry.store import Store
+
+EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
+RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone": 1}
+MAIN = (
+    "import sys, logging; logging.basicConfig(level='INFO')\n"
+    "from noria.settings import load_settings; from serving.reload import serve\n"
+    "serve(load_settings(home=sys.argv[1]), '127.0.0.1', int(sys.argv[2]), sys.argv[3])"
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait(condition, seconds=30.0, what=""):
+    """Seconds until the condition held."""
+    began = time.monotonic()
+    while True:
+        try:
+            if condition():
+                return time.monotonic() - began
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() - began < seconds, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+class Mlflow:
+    """A server of our own, since it is killed here."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = [
+            str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(self.port),
+            "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination", str(self.folder / "artifacts"),
+        ]  # fmt: skip
+        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "mlflow.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
+        wait(lambda: httpx.get(f"{self.url}/health").status_code == 200, 90, "MLflow")
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Server:
+    """`noria serve` in a process."""
+
+    def __init__(self, home, mlflow_url):
+        self.home, self.mlflow_url, self.port = home, mlflow_url, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    def start(self, ready=True):
+        command = [sys.executable, "-c", MAIN, str(self.home), str(self.port), self.mlflow_url]
+        self.home.mkdir(parents=True, exist_ok=True)
+        with (self.home / "serving.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        path = "/v2/health/ready" if ready else "/v2/health/live"
+        return wait(lambda: httpx.get(self.url + path).status_code == 200, 60, f"the server: {self.log()[-3000:]}")
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            assert self.process.wait(60) == 0
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def worker(self):
+        (worker,) = psutil.Process(self.process.pid).children()
+        return worker
+
+    def log(self):
+        return (self.home / "serving.log").read_text()
+
+    def status(self):
+        return httpx.get(f"{self.url}/status").json()["workloads"].get("trips", {})
+
+    def version(self):
+        return self.status().get("version")
+
+    def settle(self):
+        wait(lambda: self.status()["pending"] == 0, 20, "the log in the lake")
+
+    def logged(self, schema):
+        """Prediction ids as they lie in the table, duplicates included."""
+        rows = Lake(str(self.home / "lake"), "trips", schema)._read("predictions", None, None, "event_time")
+        return rows.column("prediction_id").to_pylist()
+
+
+class Load:
+    """Clients that never pause; what they were answered."""
+
+    def __init__(self, url, clients=4, rows=3):
+        self.url, self.rows = url, rows
+        self.answers, self.failures, self.stop = [], [], threading.Event()
+        self.threads = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _run(self):
+        with httpx.Client(base_url=self.url, timeout=20) as client:
+            while not self.stop.is_set():
+                try:
+                    reply = client.post("/predict/trips", json=[RECORD] * self.rows)
+                    content = reply.json()
+                    if reply.status_code == 200:
+                        found = [(one["id"], one["prediction"]) for one in content["predictions"]]
+                        self.answers.append((time.monotonic(), content["version"], found))
+                    else:
+                        self.failures.append(content)
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+
+    def ids(self):
+        return [name for _, _, found in list(self.answers) for name, _ in found]
+
+    def wait_for(self, more):
+        target = len(self.answers) + more
+        wait(lambda: len(self.answers) >= target, 30, f"{more} answers; failures: {self.failures[:3]}")
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory):
+    server = Mlflow(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def store(mlflow):
+    return Store(mlflow.url)
+
+
+@pytest.fixture(scope="module")
+def registered(store, make_contents, trips_graph, trips_schema, trips):
+    """Versions 1 and 2, whose scores differ by 10."""
+    other = onnx.load_from_string(trips_graph)
+    (levels,) = (node for node in other.graph.node if node.op_type == "LabelEncoder")
+    next(entry for entry in levels.attribute if entry.name == "values_floats").floats[1] = 11.0
+    model = other.SerializeToString()
+    for contents in (make_contents(), make_contents(model=model, proof=Proof.make(model, trips_schema, trips))):
+        with store.run("trips", "by hand") as run:
+            store.register(run, contents)
+    return store
+
+
+@pytest.fixture
+def server(registered, mlflow, tmp_path):
+    """A server that answers with version 1, on a home of its own."""
+    registered.move("trips", "champion", 1)
+    registered.drop("trips", "previous")
+    made = Server(tmp_path / "home", mlflow.url)
+    made.start()
+    wait(lambda: made.version() == 1, 30, made.log())
+    yield made
+    made.stop()
+
+
+def test_moving_the_alias_by_hand_deploys_within_three_seconds(server, registered, trips_schema):
+    with Load(server.url) as load:
+        load.wait_for(50)
+        for number in (2, 1, 2):
+            registered.move("trips", "champion", number)
+            moved = time.monotonic()
+            wait(lambda wanted=number: load.answers[-1][1] == wanted, 10)
+            first = next(at for at, version, _ in load.answers if at > moved and version == number)
+            assert first - moved < 3.0
+            load.wait_for(50)
+            wait(lambda other=3 - number: registered.version("trips", "previous").number == other)
+    assert load.failures == []
+    for _, version, found in load.answers:  # the version that an answer names is the one that computed it
+        assert {score for _, score in found} == {3.0 if version == 1 else 13.0}
+    assert registered.version("trips", "previous").number == 1
+    assert "replaced version 1" in registered.get("trips", 2).tags["noria.serving"]
+    server.settle()
+    assert sorted(server.logged(trips_schema)) == sorted(load.ids())
+
+
+def test_promotion_and_rollback_deploy_the_same_way(server, registered):
+    now = datetime(2020, 4, 1, tzinfo=UTC)
+    promote(registered, registered.get("trips", 2), reason="better", now=now)
+    wait(lambda: server.version() == 2, 3)
+    rollback(registered, "trips", now=now)
+    wait(lambda: server.version() == 1, 3)
+    wait(lambda: "replaced version 2" in registered.get("trips", 1).tags["noria.serving"])
+    assert registered.version("trips", "previous").number == 2
+
+
+def test_a_broken_version_leaves_the_old_one_and_says_why_once(server, registered, mlflow, make_contents):
+    with registered.run("trips", "broken") as run:
+        broken = registered.register(run, make_contents())
+    found = [path.parent for path in mlflow.folder.rglob("model.onnx") if _newest(path, mlflow.folder)]
+    proof = orjson.loads((found[0] / "noria" / "proof.json").read_bytes())
+    proof["scores"] = [value + 1 for value in proof["scores"]]
+    (found[0] / "noria" / "proof.json").write_bytes(orjson.dumps(proof))
+    with Load(server.url) as load:
+        registered.move("trips", "champion", broken.number)  # damaged: its manifest does not fit
+        wait(lambda: "noria.serving" in registered.get("trips", broken.number).tags, 10)
+        tag = registered.get("trips", broken.number).tags["noria.serving"]
+        assert "failed" in tag
+        assert "changed after" in tag
+        seal(found[0])  # whole again, but its proof promises other scores
+        registered.move("trips", "champion", 1)
+        time.sleep(2.5)
+        registered.move("trips", "champion", broken.number)
+        wait(lambda: "proof" in registered.get("trips", broken.number).tags["noria.serving"], 10)
+        load.wait_for(50)
+    assert load.failures == []
+    assert {version for _, version, _ in load.answers} == {1}
+    assert server.version() == 1
+    wait(lambda: "Reference row" in (server.status()["failure"] or {}).get("reason", ""))
+    time.sleep(2.5)
+    assert server.log().count("fails its proof") <= 3  # worker, parent; no retry until the alias moves
+    server.stop()
+    server.start()  # the alias still names the broken one: the version before serves, at once
+    assert server.version() == 1
+    registered.move("trips", "champion", 2)
+    wait(lambda: server.version() == 2, 5)
+
+
+def _newest(path, folder):
+    return path.stat().st_mtime == max(other.stat().st_mtime for other in folder.rglob("model.onnx"))
+
+
+def test_killed_worker_and_parent_lose_and_repeat_nothing(server, trips_schema):
+    with Load(server.url) as load:
+        for _ in range(2):
+            load.wait_for(100)
+            server.worker().kill()
+            load.wait_for(100)
+        server.kill()
+        wait(lambda: not _listens(server.port), 5, "the port is free again")
+        server.start()
+        load.wait_for(100)
+    server.settle()
+    logged = Counter(server.logged(trips_schema))
+    answered = load.ids()
+    assert len(answered) > 1000
+    assert max(logged.values()) == 1
+    assert set(answered) <= set(logged)
+    assert len(set(logged) - set(answered)) <= 3 * 4 * 3 * 2  # logged, and killed before the answer was sent
+
+
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_stopped_server_finishes_requests_and_drains_its_log(server, trips_schema):
+    with Load(server.url) as load:
+        load.wait_for(100)
+        httpx.post(f"{server.url}/feedback/trips", json=[{"id": load.ids()[0], "label": 4, "time": "2020-04-01"}])
+        server.stop()
+        load.stop.set()
+    assert set(load.ids()) <= set(server.logged(trips_schema))
+    lake = Lake(str(server.home / "lake"), "trips", trips_schema)
+    assert lake.judged(EVER, datetime(2020, 5, 1, tzinfo=UTC)).column("label").to_pylist() == [4.0]
+    assert not list((server.home / "serving" / "log" / "ready").iterdir())
+
+
+def test_serving_goes_on_without_mlflow_also_through_a_restart(server, mlflow, registered, trips_schema):
+    mlflow.stop()
+    try:
+        with Load(server.url) as load:
+            load.wait_for(100)
+        assert load.failures == []
+        server.stop()
+        seconds = server.start()
+        assert server.version() == 1
+        assert seconds < 30
+        with Load(server.url) as load:
+            load.wait_for(100)
+        assert load.failures == []
+        server.settle()
+    finally:
+        mlflow.start()
+    registered.move("trips", "champion", 2)
+    wait(lambda: server.version() == 2, 15)
+    registered.drop("trips", "champion")
+    wait(lambda: "has no champion any more" in server.log(), 5)
+    assert server.version() == 2
+
+
+def test_a_taken_port_and_a_taken_home_are_said(server, tmp_path):
+    second = [sys.executable, "-c", MAIN, str(tmp_path / "other"), str(server.port), server.mlflow_url]
+    ended = subprocess.run(second, capture_output=True, text=True, timeout=60, check=False)
+    assert "Choose another --port" in ended.stderr
+    third = [sys.executable, "-c", MAIN, str(server.home), str(free_port()), server.mlflow_url]
+    ended = subprocess.run(third, capture_output=True, text=True, timeout=60, check=False)
+    assert "Another server already uses" in ended.stderr
+
+
+def test_a_bundle_on_disk_that_was_damaged_is_fetched_again(server, registered, mlflow):
+    registered.move("trips", "champion", 2)
+    wait(lambda: server.version() == 2, 5)
+    server.stop()
+    shutil.rmtree(server.home / "bundles" / "trips" / "2" / "noria")
+    server.start(ready=False)
+    registered.move("trips", "champion", 1)
+    wait(lambda: server.version() == 1, 10)
+    registered.move("trips", "champion", 2)
+    wait(lambda: server.version() == 2, 10)
+    assert Bundle.open(server.home / "bundles" / "trips" / "2").facts.name == "trips"
+
+
+def test_a_large_body_gets_its_answer(server):
+    reply = httpx.post(f"{server.url}/predict/trips", content=b" " * 30_000_000, timeout=30)
+    assert reply.status_code == 413
+    reply = httpx.post(f"{server.url}/predict/trips", json=[RECORD])
+    assert reply.status_code == 200
