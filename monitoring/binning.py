@@ -40,13 +40,15 @@ LEVELS_PER_BIN = 3
 
 @dataclass(frozen=True)
 class Binning:
-    """Categories of one reading of one column: bins or levels, then (levels only) other and new, and last missing."""
+    """Categories of one reading of one column. Levels: those counted, other, new, missing. Numbers: below what the
+    reference has, its bins, above, missing."""
 
     column: str
     reading: Reading
     edges: tuple[float, ...] = ()
-    """Upper ends of all bins but the last, for numeric readings."""
+    """Upper ends of all bins but the last, for numeric readings; in single precision, as the model reads numbers."""
     levels: tuple[Any, ...] = ()
+    """The counted levels; of numbers the names of the bins within the reference's range."""
     known: tuple[Any, ...] = ()
     """Rarer levels of the reference, counted together as 'other'; for rare words: the common ones."""
 
@@ -64,11 +66,7 @@ class Binning:
             return (*WEEKDAYS, "(missing)")
         if self.reading == "hour":
             return (*(f"{hour:02d}-{hour + HOURS_PER_BIN:02d} h" for hour in range(0, 24, HOURS_PER_BIN)), "(missing)")
-        if not self.edges:
-            return ("any", "(missing)")
-        shown = [f"{edge:.4g}" for edge in self.edges]
-        middle = [f"{low} to {high}" for low, high in itertools.pairwise(shown)]
-        return (f"to {shown[0]}", *middle, f"above {shown[-1]}", "(missing)")
+        return ("(below)", *self.levels, "(above)", "(missing)")
 
     def codes(self, table: pa.Table) -> np.ndarray:
         """The category of each row: int64 [n]. A column that the table lacks is missing in every row."""
@@ -79,7 +77,7 @@ class Binning:
         if self.reading == "level":
             return self._level_codes(values)
         read = _read(values, self.reading, self.known)
-        codes = np.searchsorted(np.array(self.edges), read, side="left")
+        codes = np.searchsorted(np.array(self.edges, np.float32), read, side="left")
         return np.where(np.isnan(read), missing, codes)
 
     def counts(self, table: pa.Table) -> np.ndarray:
@@ -122,17 +120,24 @@ def _learn(column: str, reading: Reading, values: pa.Array, bins: int) -> Binnin
     if reading == "weekday":
         return Binning(column, reading, edges=tuple(day + 0.5 for day in range(6)))
     words = _frequent(_words(values).flatten(), COMMON_WORDS, 0)[0] if reading == "rare words" else ()
-    return Binning(column, reading, edges=_edges(_read(values, reading, words), bins), known=words)
+    edges, names = _bins(_read(values, reading, words), bins)
+    return Binning(column, reading, edges, names, words)
 
 
-def _edges(values: np.ndarray, bins: int) -> tuple[float, ...]:
-    """Inner quantiles; a number with few distinct values gets one bin a value."""
+def _bins(values: np.ndarray, bins: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Edges and names of quantile bins; a number with few distinct values gets one bin a value."""
     values = values[np.isfinite(values)]
     distinct = np.unique(values)
+    if not len(distinct):
+        return (0.0,), ()
+    lowest = np.nextafter(distinct[0], np.float32(-np.inf))
     if len(distinct) <= bins:
-        return tuple(float(value) for value in distinct[:-1])
-    inner = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
-    return tuple(float(edge) for edge in inner if edge < distinct[-1])
+        return tuple(float(edge) for edge in (lowest, *distinct)), tuple(f"{value:.4g}" for value in distinct)
+    inner = np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1], method="higher")
+    upper = np.unique(np.array([*inner, distinct[-1]]))
+    ends = [f"{value:.4g}" for value in (distinct[0], *upper)]
+    names = (f"{low} to {high}" for low, high in itertools.pairwise(ends))
+    return tuple(float(edge) for edge in (lowest, *upper)), tuple(names)
 
 
 def _frequent(values: pa.Array, counted: int, known: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -144,18 +149,21 @@ def _frequent(values: pa.Array, counted: int, known: int) -> tuple[tuple[Any, ..
 
 
 def _read(values: pa.Array, reading: Reading, words: tuple[Any, ...]) -> np.ndarray:
-    """A numeric reading of each row: float64 [n], NaN where missing."""
+    """A numeric reading of each row: float32 [n], NaN where missing.
+
+    Single precision because the reference may hold what a file said (2.3) and the log what the model read of it.
+    """
     if reading in ("words", "rare words"):
         split = _words(values)
         lengths = np.diff(split.offsets.to_numpy()).astype(np.float64)
         lengths[lengths == 0] = np.nan
-        return np.asarray(lengths if reading == "words" else _rare(split, words) / lengths)
+        return np.asarray(lengths if reading == "words" else _rare(split, words) / lengths, np.float32)
     if reading == "value":
-        return np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+        return np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False)).astype(np.float32)
     # Whole-number arithmetic instead of Arrow's calendar functions: those need a time-zone database on the machine.
     hours = values.cast(pa.int64()).fill_null(0).to_numpy() // 3_600_000_000
     read = hours % 24 if reading == "hour" else (hours // 24 + 3) % 7
-    return np.where(values.is_null().to_numpy(zero_copy_only=False), np.nan, read)
+    return np.where(values.is_null().to_numpy(zero_copy_only=False), np.nan, read).astype(np.float32)
 
 
 def _words(values: pa.Array) -> pa.Array:

@@ -23,7 +23,6 @@ import pyarrow as pa
 from scipy.special import stdtr, stdtrit
 
 from monitoring.binning import SCORE, Binning, binnings
-from noria.errors import DataError
 from noria.options import DriftOptions
 from noria.records import ColumnDrift
 from noria.schema import Schema
@@ -77,14 +76,11 @@ def calibrate(reference: pa.Table, schema: Schema, options: DriftOptions) -> dic
     Args:
         reference: rows that the version was trained on: the schema's columns, the event time, and `score`.
 
-    Raises:
-        DataError: fewer rows than a window may have.
+    A reference smaller than the least window is no reference: no column is compared then, and drift stays unknown.
     """
     if len(reference) < options.minimum_rows:
-        raise DataError(
-            f"The reference has {len(reference)} rows; drift needs at least {options.minimum_rows} to compare with. "
-            "Train on a longer window or lower DriftOptions.minimum_rows."
-        )
+        note = f"{len(reference)} rows are too few to compare with; at least {options.minimum_rows} are needed"
+        return {"rows": len(reference), "periods": 0, "note": note, "columns": {}}
     micros = reference.column(schema.event_time).cast(pa.int64()).to_numpy()
     periods, divisor = _periods(micros, round(options.window.total_seconds() * 1e6))
     columns = {}
@@ -115,10 +111,9 @@ def measure(
             score is left out when they are too few.
     """
     scored = table if answered is None else answered
-    rows = {name: scored if name == SCORE else table for name in thresholds["columns"]}
     found = [
-        _Comparison.of(name, entry, rows[name])
-        for name, entry in thresholds["columns"].items()
+        _Comparison.of(name, entry, scored if name == SCORE else table)
+        for name, entry in thresholds.get("columns", {}).items()
         if name != SCORE or len(scored) >= options.minimum_rows
     ]
     cut = _cut([one.p_value for one in found], options.false_alarms)

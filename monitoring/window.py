@@ -131,6 +131,8 @@ def _verdict(
     if not enough:
         least = f"at least {workload.drift.minimum_rows:,} are needed to judge them"
         return "unknown", (f"{rows:,} rows in the window; {least}.",)
+    if not drifts:
+        return "unknown", ("This version has no reference to compare the window with.",)
     if drifted:
         return "drift", drifted
     return "ok", ("The inputs and predictions are as far from the reference as its own periods are.",)

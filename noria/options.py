@@ -88,7 +88,7 @@ class DriftOptions:
 class PolicyOptions:
     """When a retrain is asked for."""
 
-    error_tolerance: float = 0.5
+    error_tolerance: float = 0.35
     """Quality alarm when the error interval's lower end is above reference x (1 + this); with a log target the error is
     taken per unit of the target, so that a season of longer or shorter trips is no alarm."""
     bias_tolerance: float = 0.5
