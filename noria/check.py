@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from noria import contract
 from noria.contract import Evidence, Trial
@@ -38,10 +36,9 @@ STATED = (
     contract.schema_survives_json,
     contract.workload_pickles,
 )
-DATA = (
-    contract.event_times_are_inside,
-    contract.windows_are_half_open,
-    contract.rules_are_sound,
+RAW = (contract.event_times_are_inside, contract.windows_are_half_open, contract.rules_are_sound)
+CLEAN = (
+    contract.rules_leave_rows,
     contract.data_matches_schema,
     contract.labels_fit_task,
     contract.target_does_not_leak,
@@ -84,19 +81,17 @@ def check(
     if loaded is None:
         return run.findings
     run.all(STATED, loaded)
-    if run.findings:
-        return run.findings
     end = loaded.until or now
     evidence = run.step("data is read", lambda: _read(loaded, Window.last(max(loaded.training.windows), end)))
     if evidence is None:
         return run.findings
-    run.all(DATA, evidence)
+    run.all(RAW, evidence)
+    run.all(CLEAN, evidence)
     if run.findings or trial is None:
         return run.findings
-    sample = Evidence(loaded, evidence.window, evidence.raw, _sampled(evidence.clean))
+    sample = evidence.sample(ROWS, SEED)
     fits = run.step("a tiny model trains and exports", lambda: [trial(loaded, sample.clean, SEED) for _ in range(2)])
-    if fits is not None:
-        run.all(TRAINED, sample, *fits)
+    run.all(TRAINED, sample, *(fits or ()))
     return run.findings
 
 
@@ -111,25 +106,21 @@ def _read(workload: Workload, window: Window) -> Evidence:
     target = workload.schema.target
     if target not in raw.column_names:
         raise NoriaError(f"Schema and data disagree: the data has no column '{target}', the target.")
-    clean, _ = workload.clean(raw)
-    labelled = clean.filter(pc.is_finite(clean.column(target)))
-    return Evidence(workload, window, raw, labelled.sort_by(workload.schema.event_time))
-
-
-def _sampled(rows: pa.Table) -> pa.Table:
-    chosen = np.random.default_rng(SEED).choice(len(rows), min(ROWS, len(rows)), replace=False)
-    return rows.take(np.sort(chosen))
+    return Evidence(workload, window, raw)
 
 
 class _Run:
-    """Collects findings; what a check raises becomes one."""
+    """Runs checks stage by stage and collects findings; what a check raises becomes one."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self.findings: list[Finding] = []
         self.progress = progress
 
     def step(self, name: str, work: Callable[[], Result]) -> Result | None:
-        """What `work` returns; None, and a finding, where it raises."""
+        """What `work` returns; None, and a finding, where it raises; None where earlier stages found something."""
+        return None if self.findings else self._step(name, work)
+
+    def _step(self, name: str, work: Callable[[], Result]) -> Result | None:
         self.progress(name)
         try:
             return work()
@@ -140,8 +131,10 @@ class _Run:
         return None
 
     def all(self, checks: Iterable[Callable[..., contract.Sentences]], *arguments: object) -> None:
-        """Run checks, whether or not an earlier one of them failed."""
+        """A stage: every one of its checks, unless an earlier stage found something."""
+        if self.findings:
+            return
         for one in checks:
             name = one.__name__.replace("_", " ")
-            for sentence in self.step(name, lambda one=one: list(one(*arguments))) or ():  # type: ignore[misc]
+            for sentence in self._step(name, lambda one=one: list(one(*arguments))) or ():  # type: ignore[misc]
                 self.findings.append(Finding(name, sentence))

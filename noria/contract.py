@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +38,18 @@ class Evidence:
     window: Window
     raw: pa.Table
     """As `records` gave them, conforming to the schema."""
-    clean: pa.Table
-    """What the rules kept, labelled."""
+
+    @cached_property
+    def clean(self) -> pa.Table:
+        """What the rules kept, labelled, in order of time."""
+        kept, _ = self.workload.clean(self.raw)
+        labelled = kept.filter(pc.is_finite(kept.column(self.workload.schema.target)))
+        return labelled.sort_by(self.workload.schema.event_time)
+
+    def sample(self, rows: int, seed: int) -> Evidence:
+        """The same with at most that many clean rows, drawn at random."""
+        chosen = np.random.default_rng(seed).choice(len(self.clean), min(rows, len(self.clean)), replace=False)
+        return Evidence(self.workload, self.window, self.clean.take(np.sort(chosen)))
 
     @property
     def columns(self) -> pa.Table:
@@ -142,7 +153,7 @@ def windows_are_half_open(evidence: Evidence) -> Sentences:
 
 
 def rules_are_sound(evidence: Evidence) -> Sentences:
-    """Each rule returns one boolean a row, and together they leave something."""
+    """Each rule returns one boolean a row and finds the columns that it reads."""
     for rule in evidence.workload.rules:
         if not set(rule.columns) <= set(evidence.raw.column_names):
             yield f"Rule '{rule.name}' never applies: `records` lacks some of {', '.join(rule.columns)}."
@@ -150,7 +161,11 @@ def rules_are_sound(evidence: Evidence) -> Sentences:
         kept = rule.keep(evidence.raw)
         if len(kept) != len(evidence.raw) or not pa.types.is_boolean(kept.type):
             yield f"Rule '{rule.name}' must return one boolean a row; it returned {len(kept)} of {kept.type}."
-    if len(evidence.raw) and not len(evidence.clean):
+
+
+def rules_leave_rows(evidence: Evidence) -> Sentences:
+    """Together the rules leave something to learn from."""
+    if not len(evidence.clean):
         yield f"The rules reject all {len(evidence.raw)} rows, or none has a label."
 
 

@@ -62,9 +62,12 @@ def _network(scored: Scored, inputs: tuple[Input, ...]) -> onnx.ModelProto:
                 opset_version=graph.OPSET,
                 verbose=False,
             )
-        except (torch.onnx.errors.OnnxExporterError, torch.export.UnsupportedOperatorException) as error:  # type: ignore[attr-defined]
+        except torch.onnx.OnnxExporterError as error:
+            # The exporter's own message is pages of advice to its developers; the cause says what the network did.
+            cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise TrainingError(
-                f"The network {type(scored.network).__name__} cannot be exported to ONNX: {error}"
+                f"The network {type(scored.network).__name__} cannot be exported to ONNX: {cause[0]} "
+                "Use tensor operations only, no Python decisions on values (tensor.item(), if tensor)."
             ) from error
     return onnx.ModelProto.FromString(program.model_proto.SerializeToString())
 
