@@ -27,7 +27,7 @@ from registry.store import Store
 from training.score import score
 
 
-@flow(name="batch", flow_run_name="batch {workload}")
+@flow(name="batch", flow_run_name="batch {now}", persist_result=True)
 def batch(workload: str, source: str | None = None, now: str | None = None) -> dict[str, Any]:
     """Score `source` (a Parquet file) or, without one, the lake's records of the window that ends `now`."""
     site, contract = Site.here(), load(workload)

@@ -113,38 +113,27 @@ def serve(
 
 
 @app.command(rich_help_panel=GROUPS[2])
-def train(workload: Name, now: Now = None, reason: Annotated[str, typer.Option(help="Why; kept with the version.")] = "manual") -> None:
+def train(workload: Name, now: Now = None) -> None:
     """Train a candidate, register it, and promote it if the gate lets it pass."""
-    from flows.retrain import retrain
-
-    site = _entered()
-    outcome = retrain(workload=site.path(workload), now=now, reason=reason)
+    outcome = _run("retrain", workload, now=now, reason="manual")
     out.print(f"version {outcome['version']}: [bold]{outcome['verdict']}[/]")
-    for sentence in outcome["reasons"]:
-        out.print(f"  {sentence}", highlight=False)
+    _tell(outcome["reasons"])
 
 
 @app.command(rich_help_panel=GROUPS[2])
 def watch(workload: Name, now: Now = None) -> None:
     """Judge the champion on the newest window; exit code 4 when a retrain or a person is called for."""
-    from flows.watch import watch as run
-
-    site = _entered()
-    outcome = run(workload=site.path(workload), now=now)
+    outcome = _run("watch", workload, now=now)
     out.print(f"{outcome['verdict']} → [bold]{outcome['decision']}[/]")
-    for sentence in outcome["reasons"]:
-        out.print(f"  {sentence}", highlight=False)
+    _tell(outcome["reasons"])
     if outcome["decision"] in ("retrain", "ask"):
         raise typer.Exit(4)
 
 
 @app.command(rich_help_panel=GROUPS[2])
-def batch(workload: Name, source: Annotated[str, typer.Argument(help="A Parquet file with the raw columns.")], now: Now = None) -> None:
+def batch(workload: Name, source: Annotated[Path, typer.Argument(help="A Parquet file with the raw columns.")], now: Now = None) -> None:
     """Score a Parquet file with the champion; results beside it, predictions logged like online ones."""
-    from flows.batch import batch as run
-
-    site = _entered()
-    outcome = run(workload=site.path(workload), source=source, now=now)
+    outcome = _run("batch", workload, source=str(source.absolute()), now=now)
     out.print(f"scored {outcome['rows']:,} rows with version {outcome['version']}: {outcome['output']}")
 
 
@@ -201,13 +190,24 @@ def check(workload: Name) -> None:
     out.print("[green]✓[/] nothing to object to")
 
 
-def _entered() -> Site:
-    """The site, with its services checked to be there and made known to the libraries."""
+def _run(flow: str, workload: str, **parameters: Any) -> dict[str, Any]:
+    """Run a flow's deployment on the stack, saying what it says; returns what the flow returned."""
     site = Site.here()
     site.address("prefect_url")
-    site.address("mlflow_uri")
     site.enter()
-    return site
+    from flows.requests import run_and_follow
+
+    given = {name: value for name, value in parameters.items() if value is not None}
+    with out.status(f"{flow} {workload}") as status:
+        def say(sentence: str) -> None:
+            status.update(sentence.splitlines()[0][:100] if sentence else "")
+
+        return run_and_follow(f"{flow}/{site.workload(workload).name}", given, say)
+
+
+def _tell(reasons: list[str]) -> None:
+    for sentence in reasons:
+        out.print(f"  {sentence}", highlight=False)
 
 
 def _alive(state: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 from noria.settings import replace_environment
 
 log = logging.getLogger("noria.engine")
-WARM = ("flows.retrain", "flows.watch", "flows.batch", "prefect.engine", "prefect.client.orchestration")
+WARM = ("flows.retrain", "flows.watch", "flows.batch", "flows.worker", "prefect.engine")
 KILL_WITH_PARENT = 1
 """Linux's PR_SET_PDEATHSIG."""
 
@@ -150,7 +150,7 @@ class Engine:
 
 
 def run(order: dict[str, Any], terminals: list[int]) -> None:
-    """Become Prefect's engine for one flow run, with the environment, folder and terminal of the worker's process."""
+    """Become the ordered module (Prefect's engine for a flow run), with the caller's environment, folder and terminal."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
@@ -161,9 +161,9 @@ def run(order: dict[str, Any], terminals: list[int]) -> None:
     os.chdir(order["folder"])
     random.seed()
     importlib.import_module("prefect.context").refresh_global_settings_context()
-    sys.argv = ["prefect.engine"]
+    sys.argv = [order["module"]]
     warnings.filterwarnings("ignore", message=".*found in sys.modules.*", category=RuntimeWarning)
-    runpy.run_module("prefect.engine", run_name="__main__")
+    runpy.run_module(order["module"], run_name="__main__")
 
 
 def _kill_group(pid: int) -> None:

@@ -1,33 +1,38 @@
-"""How a retrain is asked for, and how one at a time is kept: the event, its resource, the lock, the running one."""
+"""How runs are asked for: the event that asks for a retrain, and running a deployment while following what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from datetime import datetime
+from typing import Any
+from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.concurrency.sync import concurrency
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import LogSort
+from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 
+from noria.errors import ServiceError
+
 EVENT = "noria.retrain.requested"
-LEASE = 60.0
-"""Seconds after which the lock of a killed retrain is free again."""
-
-
-class RetrainIsRunning(Exception):
-    """A retrain of the workload already runs."""
+UNDER_WAY = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 def resource_id(workload: str) -> str:
     """The Prefect resource that events about a workload belong to."""
     return f"noria.workload.{workload}"
-
-
-def single_flight_name(workload: str) -> str:
-    """The global concurrency limit (of one) that every retrain of a workload takes, whoever asked for it."""
-    return f"noria-retrain-{workload}"
 
 
 def ask(workload: str, reason: str, because: str, now: datetime) -> None:
@@ -42,28 +47,50 @@ def ask(workload: str, reason: str, because: str, now: datetime) -> None:
     )
 
 
-@contextmanager
-def single_flight(workload: str) -> Iterator[None]:
-    """Hold the workload's retrain lock.
-
-    Raises:
-        RetrainIsRunning: somebody else holds it.
-    """
-    name = single_flight_name(workload)
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(name, 1)
-    try:
-        # One second, not zero: zero means no limit to the waiting.
-        with concurrency(name, timeout_seconds=1, strict=True, lease_duration=LEASE):
-            yield
-    except TimeoutError:
-        raise RetrainIsRunning(f"A retrain of {workload} is running; this request is dropped.") from None
-
-
 def retrain_is_running(workload: str) -> bool:
-    """Whether somebody holds the workload's retrain lock now."""
+    """Whether a retrain of the workload is under way; false where nothing was deployed."""
     with get_client(sync_client=True) as client:
         try:
-            return client.read_global_concurrency_limit_by_name(single_flight_name(workload)).active_slots > 0
+            deployment = client.read_deployment_by_name(f"retrain/{workload}")
         except ObjectNotFound:
             return False
+        return bool(under_way(client, DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))))
+
+
+def under_way(client: SyncPrefectClient, deployments: DeploymentFilter) -> list[FlowRun]:
+    """Runs of these deployments that are pending or running."""
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNDER_WAY)))
+    return client.read_flow_runs(flow_run_filter=wanted, deployment_filter=deployments)
+
+
+def run_and_follow(name: str, parameters: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Run a deployment ("retrain/taxi") in the warm engine, pass on what it logs, return what its flow returned.
+
+    Raises:
+        ServiceError: there is no such deployment, or the run failed or was dropped; with its own sentence.
+    """
+    try:
+        run = run_deployment(name, parameters=parameters, timeout=0, as_subflow=False)
+    except ObjectNotFound:
+        raise ServiceError(f"Nothing is deployed as {name}; is the workload in NORIA_WORKLOADS of `noria up`?") from None
+    with get_client(sync_client=True) as client:
+        seen = 0
+        while True:
+            run = client.read_flow_run(run.id)
+            seen += _pass_on(client, run.id, seen, say)
+            if run.state is not None and run.state.is_final():
+                break
+            time.sleep(0.3)
+        _pass_on(client, run.id, seen, say)
+    if not run.state.is_completed():
+        raise ServiceError(f"{name} ended {run.state.name.lower()}: {run.state.message or 'see the Prefect UI'}")
+    outcome: dict[str, Any] = run.state.result()
+    return outcome
+
+
+def _pass_on(client: SyncPrefectClient, run: UUID, offset: int, say: Callable[[str], None]) -> int:
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
+    entries = client.read_logs(log_filter=wanted, sort=LogSort.TIMESTAMP_ASC, offset=offset, limit=100)
+    for entry in entries:
+        say(entry.message)
+    return len(entries)

@@ -1,6 +1,7 @@
 """The flow that turns newest data into a candidate and, if the gate lets it pass, a champion.
 
-A thin order of tasks: every decision is made in the rooms. One retrain at a time per workload, whoever asks.
+A thin order of tasks: every decision is made in the rooms. One retrain at a time per workload: the deployment's
+concurrency limit drops a request that comes while one runs (`flows.schedule`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, State
 
-from flows.requests import RetrainIsRunning, single_flight
 from flows.site import Site, now_of
 from flows.watch import RETRAIN
 from monitoring.drift import calibrate
@@ -38,8 +37,8 @@ WEIGHTS = "weights.npz"
 """Artifact of a run: what a warm start begins with."""
 
 
-@flow(name="retrain", flow_run_name="retrain {workload} {now}: {reason}")
-def retrain(workload: str, now: str | None = None, reason: str = "manual", because: str = "") -> dict[str, Any] | State[Any]:
+@flow(name="retrain", flow_run_name="{reason} {now}", persist_result=True)
+def retrain(workload: str, now: str | None = None, reason: str = "manual", because: str = "") -> dict[str, Any]:
     """Train, register and judge a candidate of a workload (import string) on what is known at `now` (ISO time).
 
     `reason` is one of initial, quality, drift, age, probation, manual; `because` says it in sentences.
@@ -47,12 +46,7 @@ def retrain(workload: str, now: str | None = None, reason: str = "manual", becau
     site, contract = Site.here(), load(workload)
     end = now_of(contract, now)
     store = Store(site.address("mlflow_uri"))
-    try:
-        with single_flight(contract.name):
-            return attempt(site, store, contract, end, reason=reason, because=because)
-    except RetrainIsRunning as running:
-        get_run_logger().warning(str(running))
-        return Cancelled(message=str(running))
+    return attempt(site, store, contract, end, reason=reason, because=because)
 
 
 def attempt(site: Site, store: Store, workload: Workload, now: datetime, *, reason: str, because: str) -> dict[str, Any]:
@@ -64,14 +58,16 @@ def attempt(site: Site, store: Store, workload: Workload, now: datetime, *, reas
         lake = site.lake(workload)
         if site.settings.ingest:
             ingest(lake, workload, now)
-        _, table = assemble(lake, workload, Window.last(max(workload.training.windows), now))
+        ref, table = assemble(lake, workload, Window.last(max(workload.training.windows), now))
         name = f"{now:%Y-%m-%d} {reason}"
         tags = {"noria.reason": reason, "noria.because": because, "noria.flow_run": str(flow_run.id or "")}
         with store.run(workload.name, name, tags) as run:
             rival = Rival.of(site, store, workload)
-            choice = choose_window(workload, table, rival.score if rival and workload.training.warm_start else None)
-            run.tags({"noria.window_because": choice.reason()})
-            ref, table = assemble(lake, workload, Window(choice.start, now))
+            if rival:
+                # A first model takes all there is; a successor asks how far back the past still resembles the present.
+                choice = choose_window(workload, table, rival.score if workload.training.warm_start else None)
+                run.tags({"noria.window_because": choice.reason()})
+                ref, table = assemble(lake, workload, Window(choice.start, now))
             run.dataset(ref)
             held_out = workload.training.held_out if rival else None
             trained = train(site, workload, table, warm=rival.weights if rival else None, held_out=held_out)

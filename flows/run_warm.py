@@ -1,5 +1,6 @@
-"""What the Prefect worker starts for a flow run: passes it to the warm engine and lives as long as the run does.
+"""Runs a module in the warm engine as if it had been started here: `run_warm.py SOCKET [MODULE]`.
 
+What the Prefect worker starts for a flow run (the module is then Prefect's engine); lives as long as the run does.
 Started with `python -I -S`, so it must import only the standard library. Without an engine it becomes Prefect's own,
 cold: slower, but right. Not to be imported.
 """
@@ -13,12 +14,13 @@ import sys
 
 def main() -> None:
     """Hand over, relay signals, end as the run ended."""
+    module = sys.argv[2] if len(sys.argv) > 2 else "prefect.engine"
     client = socket.socket(socket.AF_UNIX)
     try:
         client.connect(sys.argv[1])
     except OSError:
-        os.execv(sys.executable, [sys.executable, "-m", "prefect.engine"])
-    order = json.dumps({"environment": dict(os.environ), "folder": os.getcwd()}).encode() + b"\n"
+        os.execv(sys.executable, [sys.executable, "-m", module])
+    order = json.dumps({"module": module, "environment": dict(os.environ), "folder": os.getcwd()}).encode() + b"\n"
     sent = socket.send_fds(client, [order[:60_000]], [0, 1, 2])
     client.sendall(order[sent:])
     for number in (signal.SIGTERM, signal.SIGINT):

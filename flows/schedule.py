@@ -15,15 +15,18 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.actions import RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import load_flow_from_entrypoint
+from prefect.states import Crashed
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
-from flows.requests import EVENT, resource_id, single_flight_name
+from flows.requests import EVENT, resource_id, under_way
 from noria.workload import load
 
 POOL = "noria"
@@ -50,7 +53,14 @@ def deploy(workloads: Sequence[str], engine: Path, folder: Path) -> None:
                 for name, entrypoint in FLOWS.items()
             }
             _automation(client, made["retrain"], workload.name)
-            client.upsert_global_concurrency_limit_by_name(single_flight_name(workload.name), 1)
+
+
+def crash_orphans() -> None:
+    """Say of runs that were under way when the worker ended that they crashed, so that they hold no place. Call before
+    the worker starts."""
+    with get_client(sync_client=True) as client:
+        for run in under_way(client, DeploymentFilter(tags=DeploymentFilterTags(all_=["noria"]))):
+            client.set_flow_run_state(run.id, Crashed(message="The stack stopped while this run was under way."), force=True)
 
 
 def _pool(client: SyncPrefectClient, engine: Path, folder: Path) -> None:
@@ -89,6 +99,8 @@ def _deployment(client: SyncPrefectClient, entrypoint: str, name: str, path: str
             enforce_parameter_schema=True,
             tags=["noria", name],
             schedules=schedules,
+            concurrency_limit=1,
+            concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
             **code,
         )
 

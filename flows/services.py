@@ -20,9 +20,9 @@ from pathlib import Path
 from flows.site import Site
 from flows.stack import Service, Supervisor, answers, end_orphans, lock
 
-PREFERRED = {"home": 8090, "prefect": 4200, "mlflow": 5000, "evidently": 8000, "serving": 8080, "ray": 6379}
+PREFERRED = {"home": 8090, "prefect": 4200, "mlflow": 5000, "evidently": 8000, "serving": 8080, "ray": 6379, "worker": 8091}
 """Ports taken where they are free; otherwise any free one. The choice is kept for the home's next start."""
-QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
 RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -112,12 +112,13 @@ def services(site: Site) -> list[Service]:
         Service("engine", (python, "-m", "flows.engine", str(socket_path)), f"unix:{socket_path}", _listens(socket_path), shared),
         Service(
             "worker",
-            (python, "-m", "flows.worker", str(socket_path)),
-            url["prefect"] + "/work-pools", answers(f"{url['prefect']}/api/health"),
-            {**shared, "PREFECT_WORKER_QUERY_SECONDS": "0.5"}, after=("prefect", "engine"),
+            (python, "-I", "-S", str(Path(__file__).with_name("run_warm.py")), str(socket_path), "flows.worker"),
+            f"{url['prefect']}/work-pools", answers(f"{url['worker']}/health"),
+            {**shared, "PREFECT_WORKER_QUERY_SECONDS": "0.5", "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",
+             "PREFECT_WORKER_WEBSERVER_PORT": str(at["worker"])},
+            after=("prefect", "engine"),
         ),
-        Service("home", (python, "-m", "flows.home", str(at["home"])), url["home"], answers(f"{url['home']}/health"), shared,
-                after=("prefect", "mlflow")),
+        Service("home", (python, "-m", "flows.home", str(at["home"])), url["home"], answers(f"{url['home']}/health"), shared),
     ]  # fmt: skip
 
 

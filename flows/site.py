@@ -64,16 +64,18 @@ class Site:
 
     def forwarded(self) -> dict[str, str]:
         """The settings as environment variables, for a process that must see the same site."""
-        return {
-            f"NORIA_{name.upper()}": str(value)
-            for name, value in self.settings.model_dump().items()
-            if name in self.settings.model_fields_set and value != ""
-        }
+        given = {name: value for name, value in self.settings.model_dump().items() if name in self.settings.model_fields_set}
+        return {f"NORIA_{name.upper()}": str(value) for name, value in {**given, "home": self.settings.root}.items()}
 
     def enter(self) -> None:
-        """Let libraries that read the environment find this site's services. Call before importing prefect."""
+        """Let Prefect, which reads the environment when it is imported, find this site's server. Call before that."""
         if self.settings.prefect_url:
-            export(PREFECT_API_URL=self.settings.prefect_url)
+            export(
+                PREFECT_API_URL=self.settings.prefect_url,
+                PREFECT_HOME=str(self.settings.root / "prefect"),
+                PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="CRITICAL",
+                DO_NOT_TRACK="1",
+            )
 
     def address(self, setting: str) -> str:
         """An address that must be there.

@@ -225,7 +225,7 @@ def up(site: Site, *, tell: Callable[[dict[str, bool]], None] = lambda _: None, 
             started = subprocess.Popen(
                 [sys.executable, "-m", "flows.services"],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=child_environment(NORIA_HOME=str(home), **site.forwarded()),
+                env=child_environment(**site.forwarded()),
                 start_new_session=True,
             )  # fmt: skip
     deadline = time.monotonic() + patience

@@ -30,7 +30,7 @@ RETRAIN = "noria.retrain"
 """Note on a workload: the last retrain and what became of it."""
 
 
-@flow(name="watch", flow_run_name="watch {workload} {now}")
+@flow(name="watch", flow_run_name="watch {now}", persist_result=True)
 def watch(workload: str, now: str | None = None) -> dict[str, Any]:
     """Judge the champion of a workload (import string) on the window that ends `now` (ISO time; default: the clock)."""
     site, contract = Site.here(), load(workload)
