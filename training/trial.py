@@ -6,7 +6,6 @@ Not a model worth keeping: two epochs, no held-out rows.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from noria.options import TrainingOptions
 from noria.workload import Workload
 from training import loop, preprocess
 from training.export import export
+from training.model import link_of
 
 EPOCHS = 2
 WORDS = 64
@@ -45,8 +45,6 @@ def _job(
     """As in a real run, but scaled on all rows."""
     values = np.log(labels) if workload.log_target else labels
     center, scale = float(np.median(values)), float(values.std()) or 1.0
-    link: Literal["identity", "exp", "sigmoid"] = "exp" if workload.log_target else "identity"
     if workload.task == "binary":
-        prior = float(np.clip(labels.mean(), 0.01, 0.99))
-        link, center, scale = "sigmoid", float(np.log(prior / (1 - prior))), 1.0
-    return loop.Job(prepared.inputs, workload.network, options, workload.loss, link, center, scale)
+        center, scale = 0.0, 1.0
+    return loop.Job(prepared.inputs, workload.network, options, workload.loss, link_of(workload), center, scale)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from noria.options import PolicyOptions, TrainingOptions
 from noria.records import Window
 from noria.schema import ARROW, Column, Schema
 from noria.settings import load_settings
@@ -167,6 +168,13 @@ class Taxi(Workload):
         Rule("rate code 99", ("rate_code_id",), rate_code_is_known),
         Rule("exact duplicate", ("pickup_datetime", "dropoff_datetime"), first_of_its_kind),
     )
+
+    training = TrainingOptions(warm_start=True)
+    """After a lockdown there are few rows of the new world: beginning at the champion's weights gave 0.53-0.55 of the
+    frozen model's error over 2020-04..06, beginning anew 0.58-0.65 (3-5 seeds)."""
+    policy = PolicyOptions(error_tolerance=0.35, bias_tolerance=0.65)
+    """Holiday weeks are slow or fast for a few days. In the 88 calm weeks to 2020-03-08 the relative error was
+    surely up to 1.21 times the reference, the bias 0.41 spreads (another network: 1.26 and 0.49); lockdown reaches 1.79."""
 
     def prepare(self, progress: Progress) -> None:
         """Download 37 MB once."""

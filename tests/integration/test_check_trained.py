@@ -1,4 +1,4 @@
-"""`noria check` with its last stage: real tiny fits and exports, of sound workloads and of networks broken one way each."""
+"""The last stage of `noria check`: real tiny fits, of sound workloads and of networks broken in one way each."""
 
 import sys
 from dataclasses import replace
