@@ -48,7 +48,8 @@ def is_cached(target: Path, version: Version) -> bool:
         verify(target)
     except BundleError:
         return False
-    return str(Model.load(str(target)).run_id or "") == version.run_id
+    described = target / "MLmodel"
+    return described.is_file() and str(Model.load(str(described)).run_id or "") == version.run_id
 
 
 def download(client: MlflowClient, version: Version, target: Path) -> None:
