@@ -102,8 +102,8 @@ def test_calm_week_is_calm_after_json(thresholds: dict[str, object], week: pa.Ta
 
 
 def test_false_alarms_keep_the_budget_of_calm_windows() -> None:
-    """200 calm windows after 10 references. Budget 5%: at most 8% (two standard errors) may alarm even without the least
-    distance, which leaves next to none."""
+    """200 calm windows after 10 references. Budget 5%: at most 8% (two standard errors) may alarm even without the
+    least distance, which leaves next to none."""
     schema = Schema(SCHEMA.columns[:5], event_time="at", target="y")
     strict, sure, large = DriftOptions(minimum_distance=0.0), 0, 0
     for seed in range(1, 11):
