@@ -174,7 +174,7 @@ class Taxi(Workload):
     frozen model's error over 2020-04..06, beginning anew 0.58-0.65 (3-5 seeds)."""
     policy = PolicyOptions(error_tolerance=0.35, bias_tolerance=0.65)
     """Holiday weeks are slow or fast for a few days. In the 88 calm weeks to 2020-03-08 the relative error was
-    surely up to 1.21 times the reference, the bias 0.41 spreads (another network: 1.26 and 0.49); lockdown reaches 1.79."""
+    surely up to 1.21 times the reference, the bias 0.41 spreads (another network: 1.26, 0.49); lockdown: 1.79."""
 
     def prepare(self, progress: Progress) -> None:
         """Download 37 MB once."""
