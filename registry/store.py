@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from filelock import FileLock
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -198,10 +199,13 @@ class Store:
             BundleError: what the registry holds is not a whole, safe bundle of this workload.
         """
         target = folder / version.workload / str(version.number)
-        if not is_cached(target, version):
-            with answered(self.uri, f"fetching version {version.number} of {version.workload}"):
-                download(self.client, version, target)
-        opened = Bundle.open(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The server and a flow may want the same version at the same moment.
+        with FileLock(target.parent / f".{version.number}.lock"):
+            if not is_cached(target, version):
+                with answered(self.uri, f"fetching version {version.number} of {version.workload}"):
+                    download(self.client, version, target)
+            opened = Bundle.open(target)
         if opened.facts.name != version.workload:
             raise BundleError(f"Version {version.number} of '{version.workload}' is a bundle of '{opened.facts.name}'.")
         return opened
@@ -246,7 +250,7 @@ def _version(found: ModelVersion, aliases: tuple[str, ...] | None = None) -> Ver
 
 def _facts(contents: Contents) -> dict[str, str]:
     """Short tags that a list of versions shows."""
-    ref, unit = contents.dataset, contents.facts.unit
+    ref, unit = contents.dataset, contents.facts.error_unit
     tags = {"noria.window": f"{ref.window.start:%Y-%m-%d}..{ref.window.end:%Y-%m-%d}", "noria.rows": str(ref.rows)}
     for subject, name in (("candidate", "error"), ("naive", "naive_error"), ("boosted", "boosted_error")):
         if subject in contents.evaluations:
