@@ -51,6 +51,11 @@ class Facts:
     unit: str = ""
     notes: str = ""
 
+    @property
+    def error_unit(self) -> str:
+        """Unit of the error: the score's for an absolute error, none otherwise."""
+        return self.unit if self.loss == "absolute_error" else ""
+
     @classmethod
     def of(cls, workload: Workload) -> Facts:
         """The facts of a workload."""

@@ -17,13 +17,15 @@ def model_card(contents: Contents) -> str:
     lines = [f"{predicts} The error is the {ERRORS[facts.loss]}."]
     if facts.notes:
         lines += ["", facts.notes]
-    lines += ["", "| column | kind | required | meaning |", "| --- | --- | --- | --- |"]
-    for column in schema.columns:
-        lines.append(f"| {column.name} | {column.kind} | {'yes' if column.required else ''} | {column.description} |")
     if contents.bands.bands:
         bands = ", ".join(f"**{band.action}** above {band.above:g}" for band in contents.bands.bands)
         lines += ["", f"Decision: {bands}, otherwise **{contents.bands.otherwise}**."]
-    lines += ["", "The version with the alias `champion` is the one that serves. Move the alias to deploy another."]
+    lines += ["", "The version with the alias `champion` is the one that serves. Move the alias to deploy another.", ""]
+    lines += [_row("column", "kind", "required", "meaning"), "| --- | --- | --- | --- |"]
+    lines += [
+        _row(column.name, column.kind, "yes" if column.required else "", column.description)
+        for column in schema.columns
+    ]
     return "\n".join(lines)
 
 
@@ -31,12 +33,12 @@ def version_card(contents: Contents) -> str:
     """One version: how good it is, on what it was trained, with what it was made."""
     facts, ref = contents.facts, contents.dataset
     window = f"{ref.window.start:%Y-%m-%d} to {ref.window.end:%Y-%m-%d}"
-    lines = [headline(contents.evaluations, facts), "", *table(contents.evaluations), ""]
+    lines = [headline(contents.evaluations, facts), ""]
     lines.append(f"Trained on {ref.rows:,} labelled rows, {window}, as known on {ref.as_of:%Y-%m-%d}.")
     revision = str(contents.environment.get("revision", ""))
     if revision:
         lines.append(f"Code: `{revision[:12]}{'-dirty' if revision.endswith('-dirty') else ''}`.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *table(contents.evaluations)])
 
 
 def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
@@ -45,9 +47,9 @@ def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
     if "candidate" not in errors:
         return "Not evaluated."
     own = errors["candidate"]
-    sentence = f"{ERRORS[facts.loss].capitalize()} **{measure(own, facts.unit)}** on its test rows"
+    sentence = f"**{measure(own, facts.error_unit)}** {ERRORS[facts.loss]} on its test rows"
     others = [
-        f"{measure(errors[subject], facts.unit)} for the {TITLES[subject]} ({gained(own, errors[subject])})"
+        f"{measure(errors[subject], facts.error_unit)} for the {TITLES[subject]} ({gained(own, errors[subject])})"
         for subject in ("naive", "boosted")
         if subject in errors
     ]
@@ -57,8 +59,13 @@ def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
 def table(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Every metric by subject, as the lines of a Markdown table."""
     names = list(dict.fromkeys(name for found in evaluations.values() for name in found.metrics if name != "rows"))
-    lines = [f"| | rows | {' | '.join(names)} |", f"| --- | ---: |{' ---: |' * len(names)}"]
+    lines = [_row("", "rows", *names), f"| --- | ---: |{' ---: |' * len(names)}"]
     for subject, found in evaluations.items():
         cells = [f"{found.metrics[name]:.3g}" if name in found.metrics else "" for name in names]
-        lines.append(f"| {TITLES.get(subject, subject)} | {found.rows:,} | {' | '.join(cells)} |")
+        lines.append(_row(TITLES.get(subject, subject), f"{found.rows:,}", *cells))
     return lines
+
+
+def _row(*cells: str) -> str:
+    """A table row. The em spaces keep columns apart in MLflow, which draws tables without any padding."""
+    return "| " + " | ".join(f"{cell}&emsp;" for cell in cells) + " |"
