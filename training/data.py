@@ -128,6 +128,6 @@ def _check_labels(rows: pa.Table, workload: Workload) -> None:
         )
     if workload.log_target and (labels <= 0).any():
         raise DataError(
-            f"'{workload.name}' fits the logarithm of '{workload.schema.target}', and {int((labels <= 0).sum())} values are "
-            "at or below zero; reject them with a rule or set log_target = False."
+            f"'{workload.name}' fits the logarithm of '{workload.schema.target}', and {int((labels <= 0).sum())} "
+            "values are at or below zero; reject them with a rule or set log_target = False."
         )

@@ -80,8 +80,9 @@ class Boosted:
         """Scores [n] in the target's unit, or probabilities."""
         table = _features(self.inputs, tensors, self.words, extra)[0][:, self.columns]
         if self.link == "sigmoid":
-            known = self.model.predict_proba(table)
-            return np.asarray(known[:, 1] if known.shape[1] > 1 else np.full(len(table), float(self.model.classes_[0])))
+            if len(self.model.classes_) == 1:
+                return np.full(len(table), float(self.model.classes_[0]))
+            return np.asarray(self.model.predict_proba(table)[:, 1])
         found = self.model.predict(table)
         return np.asarray(np.exp(found) if self.link == "exp" else found)
 
@@ -117,7 +118,7 @@ def diagnose(history: Sequence[Mapping[str, float]], evaluations: Mapping[str, E
     said = [f"Best validation at epoch {best['epoch'] + 1:.0f} of {len(history)}."]
     if gap > WIDE:
         said.append(
-            f"Overfitting: the validation loss is {gap:.0%} above the train loss; "
+            f"Overfitting: the validation loss is {gap + 1:.1f} times the train loss; "
             "more rows, more weight decay or less width would help."
         )
     elif gap > NARROW:

@@ -23,8 +23,9 @@ TYPES = {"number": TensorProto.FLOAT, "integer": TensorProto.INT64, "timestamp":
 DAY, WEEK = 86_400, 604_800
 CLIP = 8.0
 """Standardised numbers are cut at this many deviations: a wild value must not carry the score away."""
-BLANKS = {"\n": 256, "\r": 256, "\t": 64}
-"""White space that StringSplit does not split at, and how often a text may use each before the rest stays glued."""
+BLANKS = {"\n": 16, "\r": 2, "\t": 2}
+"""White space that StringSplit does not split at, and into how many pieces each may cut what stands between two spaces;
+the rest stays glued. The limits bound the memory that a hostile text can ask for."""
 
 
 class Builder:
@@ -41,9 +42,9 @@ class Builder:
         return name
 
     def node(self, operator: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
-        """A node; its first output is `name`, or one made up. A second output of StringSplit is left unused."""
+        """A node; returns its first output, `name` or one made up. A second one is called `<first>_second`."""
         name = name or f"t{len(self.nodes)}"
-        outputs = [name, f"{name}_count"] if operator == "StringSplit" else [name]
+        outputs = [name, f"{name}_second"] if operator in ("StringSplit", "TopK") else [name]
         self.nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
         return name
 
@@ -101,52 +102,32 @@ def clock(build: Builder, raw: str, names: tuple[str, str, str]) -> None:
 
 
 def tokens(build: Builder, raw: str, words: int) -> str:
-    """string [n] to string [n, k], k <= words + 1: lower-cased (ASCII) words in order, "" behind the last.
+    """string [n] to lower-cased (ASCII) words in reading order: string [n, k, ...], k <= words, "" where there is none.
 
-    The last column holds the unread rest of long texts.
+    Split at spaces first: the other blanks then cost memory only where a text has them.
     """
-    text = raw
-    for blank, pieces in BLANKS.items():
-        text = _replace(build, text, blank, pieces)
-    lower = build.node("StringNormalizer", text, case_change_action="LOWER", locale="C")
-    return build.node("StringSplit", lower, maxsplit=words)
+    lower = build.node("StringNormalizer", raw, case_change_action="LOWER", locale="C")
+    pieces = build.node("StringSplit", lower, maxsplit=words)
+    start, end, axis = (build.constant([value], np.int64) for value in (0, words, 1))
+    pieces = build.node("Slice", pieces, start, end, axis)  # behind them: the unread rest, in one piece
+    for blank, most in BLANKS.items():
+        pieces = build.node("StringSplit", pieces, delimiter=blank, maxsplit=most - 1)
+    return pieces
 
 
 def words(build: Builder, raw: str, name: str, *, known: list[str], width: int) -> str:
     """string [n] to word ids int64 [n, width]: 0 behind the last word, 1 unknown, 2... the known words."""
-    ids = levels(build, tokens(build, raw, width), "", known=known, text=True)
-    zero = build.constant(0, np.int64)
-    found = build.node("Shape", ids, start=1, end=2)
-    lacking = build.node(
-        "Max", build.node("Sub", build.constant([width], np.int64), found), build.constant([0], np.int64)
+    ids = build.node("Flatten", levels(build, tokens(build, raw, width), "", known=known, text=True), axis=1)
+    zero, one = build.constant(0, np.int64), build.constant(1, np.int64)
+    ids = build.node("Pad", ids, build.constant([0, 0, 0, width], np.int64), zero)
+    # Real words first, in reading order: sort by position, empty ones behind all.
+    size = build.node("Squeeze", build.node("Shape", ids, start=1, end=2))
+    position = build.node("Range", zero, size, one)
+    behind = build.node("Where", build.node("Equal", ids, zero), build.constant(1 << 40, np.int64), zero)
+    order = build.node(
+        "TopK", build.node("Add", behind, position), build.constant([width], np.int64), axis=1, largest=0
     )
-    pads = build.node("Concat", build.constant([0, 0, 0], np.int64), lacking, axis=0)
-    padded = build.node("Pad", ids, pads, zero)
-    start, end, axis = (build.constant([value], np.int64) for value in (0, width, 1))
-    return build.node("Slice", padded, start, end, axis, name=name)
-
-
-def _replace(build: Builder, text: str, blank: str, pieces: int) -> str:
-    """Every `blank` becomes a space: split at it, pad to a power of two, and join halves until one piece is left."""
-    split = build.node("StringSplit", text, delimiter=blank, maxsplit=pieces - 1)
-    rows, found = build.node("Shape", split, start=0, end=1), build.node("Shape", split, start=1, end=2)
-    lacking = build.node("Sub", build.constant([pieces], np.int64), found)
-    empty = build.node("Expand", _string(build, ""), build.node("Concat", rows, lacking, axis=0))
-    joined, space, axis = build.node("Concat", split, empty, axis=1), _string(build, " "), build.constant([1], np.int64)
-    step = build.constant([2], np.int64)
-    while pieces > 1:
-        end = build.constant([pieces], np.int64)
-        left = build.node("Slice", joined, build.constant([0], np.int64), end, axis, step)
-        right = build.node("Slice", joined, build.constant([1], np.int64), end, axis, step)
-        joined = build.node("StringConcat", build.node("StringConcat", left, space), right)
-        pieces //= 2
-    return build.node("Squeeze", joined, axis)
-
-
-def _string(build: Builder, value: str) -> str:
-    name = f"c{len(build.constants)}"
-    build.constants.append(helper.make_tensor(name, TensorProto.STRING, [1], [value.encode()]))
-    return name
+    return build.node("GatherElements", ids, f"{order}_second", name=name, axis=1)
 
 
 def finish(build: Builder, inputs: dict[str, str], outputs: dict[str, tuple[int, list[Any]]]) -> bytes:

@@ -51,14 +51,7 @@ def connect(address: str | None = None, cpus: int = 2) -> None:
     """
     if ray.is_initialized():
         return
-    known = child_environment()
-    wanted = dict(ENVIRONMENT)
-    if not address:
-        # Without a token of our own Ray would write one into the home folder.
-        wanted |= {LOOPBACK: "0", "RAY_AUTH_MODE": "token"}
-        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(known):
-            wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    export(**{name: value for name, value in wanted.items() if name not in known})
+    _prepare_environment(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
@@ -68,10 +61,22 @@ def connect(address: str | None = None, cpus: int = 2) -> None:
                 f"No Ray answers at {address} ({error}); start it or correct NORIA_RAY_ADDRESS."
             ) from None
         return
-    # Both were read when ray was imported, which was before the environment was set.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    Config.initialize("")
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def _prepare_environment(address: str | None) -> None:
+    """What Ray reads from the environment, where nobody has said otherwise."""
+    known, wanted = child_environment(), dict(ENVIRONMENT)
+    if not address or address.startswith(("127.", "localhost")):
+        wanted[LOOPBACK] = "0"
+    if not address:
+        wanted["RAY_AUTH_MODE"] = "token"
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(known):
+            wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # without one Ray would write a file into the home folder
+    export(**{name: value for name, value in wanted.items() if name not in known})
+    # Both were read when ray was imported, which was before the environment was complete.
+    ray_constants.ENABLE_RAY_CLUSTER = child_environment().get(LOOPBACK) != "0"
+    Config.initialize("")
 
 
 def disconnect() -> None:

@@ -239,7 +239,7 @@ def _batch(options: TrainingOptions, rows: int, world: int) -> int:
     """Rows of a step, over all processes: smaller batches for few rows, so that there are enough steps."""
     batch = max(world, min(options.batch_size, rows) // world * world)
     while batch > 128 and options.epochs * (rows // batch) < options.minimum_steps:
-        batch = batch // 2 // world * world
+        batch = max(128, batch // 2) // world * world
     return batch
 
 
