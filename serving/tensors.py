@@ -6,14 +6,13 @@ github.com/kserve/open-inference-protocol, specification/protocol. Not here: bin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import orjson
 
-from noria.column import MISSING, MISSING_INTEGER, NUMPY, Column, parse_value
+from noria.column import MISSING, NUMPY, Column, parse_column, parse_value
 from noria.errors import SchemaError
 from noria.schema import Schema
 from serving.protocol import Refusal, Rows, event_times, limit_rows, parse_json
@@ -28,7 +27,6 @@ ACCEPTED = {
     "timestamp": frozenset({"INT64", "BYTES"}),
 }
 OFFERED = {"number": "FP32", "integer": "INT64", "string": "BYTES", "text": "BYTES", "timestamp": "INT64"}
-NONE = type(None)
 
 
 def metadata(name: str, version: int, schema: Schema) -> dict[str, Any]:
@@ -154,31 +152,12 @@ def _column(column: Column, entry: dict[str, Any] | None, size: int) -> np.ndarr
         data = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in data]
     if len(data) != size:
         raise SchemaError(f"The input '{column.name}' has {len(data)} values and the shape says {size}.", column.name)
-    return _quick(column, data) if _plain(column, data) else _careful(column, data)
-
-
-def _plain(column: Column, data: list[Any]) -> bool:
-    """Whether every value is of the one Python type that needs no look at single values."""
-    kinds = set(map(type, data))
-    if column.kind == "number":
-        return kinds <= {float, int, NONE}
-    return kinds <= ({str, NONE} if column.kind in ("string", "text") else {int, NONE})
-
-
-def _quick(column: Column, data: list[Any]) -> np.ndarray:
-    """Types are known to be right; ranges are checked by the schema afterwards."""
-    if column.kind == "number":
-        with np.errstate(over="ignore"):
-            return np.array(data, np.float64).astype(np.float32)
-    if column.kind in ("string", "text"):
-        return np.array([value or "" for value in data], np.object_)
-    if any(value is not None and abs(value) >= 2**63 for value in data):
-        return _careful(column, data)
-    return np.array([MISSING_INTEGER if value is None else value for value in data], np.int64)
+    quick = parse_column(column, data)
+    return _careful(column, data) if quick is None else quick
 
 
 def _careful(column: Column, data: list[Any]) -> np.ndarray:
     """Value by value, as records are read: ISO times, and the sentence that names the row of a wrong one."""
     optional = Column(column.name, column.kind)
-    values = [parse_value(optional, value if value == value else math.nan, row) for row, value in enumerate(data)]
+    values = [parse_value(optional, value, row) for row, value in enumerate(data)]
     return np.array(values, NUMPY[column.kind])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from noria.column import MISSING_INTEGER
 from noria.errors import SchemaError
@@ -166,3 +168,40 @@ def test_feedback_refusals(label, part):
 def test_feedback_needs_labels(body):
     with pytest.raises(Refusal, match="labels"):
         decode_feedback(body, "binary")
+
+
+ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "pickup": st.sampled_from(["2020-03-15T08:30:00", "1969-12-31T23:59:59.5", "2020-03-15", "2020-03-15T08+02:00"])
+        | st.integers(-(10**9), 10**10) | ODD,
+        "vendor": st.sampled_from(["A", ""]) | ODD,
+        "distance": st.floats(0, 100) | st.integers(0, 100) | ODD,
+        "zone": st.integers(-(2**64), 2**64) | ODD,
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(FIELDS, min_size=1, max_size=30), st.booleans())
+def test_many_records_are_read_as_one_by_one(trips_schema, records, usual):
+    if usual:  # the odd ones nearly always refuse the whole: keep those that pass alone
+        records = [record for record in records if _alone(trips_schema, record)] * 10
+    alone = [_alone(trips_schema, record) for record in records]
+    if not records or not all(alone):
+        with pytest.raises(SchemaError):
+            trips_schema.parse(records)
+        return
+    together = trips_schema.parse(records)
+    for name, values in together.items():
+        one_by_one = np.concatenate([tensors[name] for tensors in alone])
+        assert values.dtype == one_by_one.dtype
+        np.testing.assert_array_equal(values, one_by_one)
+
+
+def _alone(schema, record):
+    try:
+        return schema.parse([record])
+    except SchemaError:
+        return None
