@@ -150,6 +150,9 @@ class Reconciler:
         asked = pending.desired
         back = Desired(workload, asked.fallback_version, asked.fallback_folder, uuid.uuid4().hex)
         state.write(self.desired_folder, back)
+        if pending.restored:
+            del self._pending[workload]  # the copy on this disk may be at fault: it is fetched and asked for once more
+            return
         self._report(workload, number, f"failed: {reason}")
         self._done(pending)
 

@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -123,7 +122,8 @@ async def _repeat(step: Callable[[], None], seconds: float) -> None:
 
 def _end_with_parent(server: uvicorn.Server) -> None:
     """Standard input ends when the parent does, however it ended: let go of the port soon."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not sys.stdin: its lock would be held at exit
+        pass
     server.should_exit = True
     time.sleep(GRACE_SECONDS + 1)
     os._exit(1)

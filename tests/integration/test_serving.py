@@ -88,13 +88,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = None
 
-    def start(self, ready=True):
+    def start(self):
         command = [sys.executable, "-c", MAIN, str(self.home), str(self.port), self.mlflow_url]
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / "serving.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        path = "/v2/health/ready" if ready else "/v2/health/live"
-        return wait(lambda: httpx.get(self.url + path).status_code == 200, 60, f"the server: {self.log()[-3000:]}")
+        ready = f"{self.url}/v2/health/ready"
+        return wait(lambda: httpx.get(ready).status_code == 200, 60, f"the server: {self.log()[-3000:]}")
 
     def stop(self):
         if self.process and self.process.poll() is None:
@@ -214,14 +214,19 @@ def test_moving_the_alias_by_hand_deploys_within_three_seconds(server, registere
             first = next(at for at, version, _ in load.answers if at > moved and version == number)
             assert first - moved < 3.0
             load.wait_for(50)
-            wait(lambda other=3 - number: registered.version("trips", "previous").number == other)
+            wait(lambda other=3 - number: _previous(registered) == other)
     assert load.failures == []
     for _, version, found in load.answers:  # the version that an answer names is the one that computed it
         assert {score for _, score in found} == {3.0 if version == 1 else 13.0}
     assert registered.version("trips", "previous").number == 1
-    assert "replaced version 1" in registered.get("trips", 2).tags["noria.serving"]
+    wait(lambda: "replaced version 1" in registered.get("trips", 2).tags["noria.serving"])
     server.settle()
     assert sorted(server.logged(trips_schema)) == sorted(load.ids())
+
+
+def _previous(store):
+    found = store.version("trips", "previous")
+    return found.number if found else None
 
 
 def test_promotion_and_rollback_deploy_the_same_way(server, registered):
@@ -343,10 +348,7 @@ def test_a_bundle_on_disk_that_was_damaged_is_fetched_again(server, registered, 
     wait(lambda: server.version() == 2, 5)
     server.stop()
     shutil.rmtree(server.home / "bundles" / "trips" / "2" / "noria")
-    server.start(ready=False)
-    registered.move("trips", "champion", 1)
-    wait(lambda: server.version() == 1, 10)
-    registered.move("trips", "champion", 2)
+    server.start()
     wait(lambda: server.version() == 2, 10)
     assert Bundle.open(server.home / "bundles" / "trips" / "2").facts.name == "trips"
 

@@ -210,7 +210,7 @@ BODIES = (
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(BODIES, st.sampled_from(["/predict/trips", "/feedback/trips", "/v2/models/trips/infer"]), st.integers(0, 200))
 def test_no_body_makes_a_fault(app, body, path, cut):
     encoded = orjson.dumps(body)
