@@ -1,0 +1,15 @@
+"""Importing the rooms with heavy libraries does nothing but import, either."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+_found = importlib.util.spec_from_file_location("house", Path(__file__).parents[1] / "unit" / "test_house.py")
+house = importlib.util.module_from_spec(_found)
+_found.loader.exec_module(house)
+
+
+@pytest.mark.parametrize("room", ["registry", "training", "monitoring", "flows"])
+def test_importing_does_nothing(room):
+    assert house.imported(*house.modules_of(room))["acts"] == []
