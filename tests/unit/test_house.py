@@ -14,7 +14,7 @@ ROOMS = ("noria", "registry", "training", "serving", "monitoring", "flows", "wor
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 50, 6
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "core", "lib", "tools"}
 HEAVY = ("torch", "ray", "mlflow", "prefect", "evidently", "sklearn", "pandas", "matplotlib", "scipy")
-MODULES_OF_THE_CORE = 900
+MODULES_OF_THE_CORE = 650
 """Modules that importing all of noria/ may load, with everything that it needs (numpy, pyarrow, deltalake)."""
 
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

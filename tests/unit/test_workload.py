@@ -63,8 +63,8 @@ def _module(folder, text):
         ("WORKLOAD = 3", "not an instance"),
         ("from noria.workload import Workload\nclass A(Workload): pass\nWORKLOAD = A()", "does not set `name`"),
         (
-            "from noria.schema import *\nfrom noria.workload import Workload\nclass A(Workload):\n    name = 'No good'\n"
-            "    task = 'binary'\n    schema = Schema((Column('x', 'number'),), 'at', 'y')\nWORKLOAD = A()",
+            "from noria.schema import *\nfrom noria.workload import Workload\nclass A(Workload):\n    name = 'A b'\n"
+            "    task = 'binary'\n    schema = Schema((Column('x', 'text'),), 'at', 'y')\nWORKLOAD = A()",
             "not a usable name",
         ),
     ],
