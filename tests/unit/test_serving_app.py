@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -295,3 +297,10 @@ def test_a_fault_is_logged_and_answered_as_one(app, caplog, monkeypatch):
         status, body, _ = ask(app, "GET", "/status")
     assert (status, "fault" in orjson.loads(body)["error"]) == (500, True)
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_worker_imports_nothing_heavy():
+    heavy = "mlflow", "deltalake", "torch", "ray", "prefect", "evidently", "sklearn", "pandas"
+    check = f"import sys, serving.worker; print([name for name in {heavy} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "[]"
