@@ -7,12 +7,14 @@ and its panels are made once; what a person then changes in the Evidently UI sta
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from evidently.sdk.models import DashboardModel, DashboardPanelPlot, DashboardTabModel, PanelMetric, ProjectModel
 from evidently.sdk.panels import bar_plot_panel, counter_panel, line_plot_panel
 from evidently.ui.storage.local.base import LocalState
-from filelock import FileLock
 
 from monitoring.figures import run
 from monitoring.page import page
@@ -28,28 +30,48 @@ def publish(observation: Observation, workspace: Path) -> str:
 
     Safe beside other writers, in this process and others. Publishing a version's window again replaces its run.
     """
-    state = LocalState(str(workspace))
     project = ensure_project(observation.workload, workspace)
     snapshot = run(observation).to_snapshot_model().copy(update={"widgets": page(observation)})
     number = uuid.uuid5(project, f"{observation.report.version} {observation.report.window}")
-    state.write_snapshot(project, number, snapshot)
+    with _aside(workspace) as folder:
+        LocalState(str(folder)).write_snapshot(project, number, snapshot)
+        written = Path(str(project)) / "snapshots" / f"{number}.json"
+        (folder / written).replace(workspace / written)
     return f"projects/{project}/reports/{number}"
 
 
 def ensure_project(workload: Workload, workspace: Path) -> uuid.UUID:
     """The workload's project, made with its dashboard when it is not there; returns its id."""
     project = uuid.uuid5(NAMESPACE, workload.name)
-    if (workspace / str(project) / "metadata.json").exists():
+    target = workspace / str(project)
+    if target.exists():
         return project
     workspace.mkdir(parents=True, exist_ok=True)
-    with FileLock(workspace / ".noria.lock"):
-        if not (workspace / str(project) / "metadata.json").exists():
-            state = LocalState(str(workspace))
-            (workspace / str(project) / "snapshots").mkdir(parents=True, exist_ok=True)
-            state.write_dashboard(project, dashboard(workload))
-            # The project's own file comes last: it is what makes the folder a project.
-            state.write_project(ProjectModel(id=project, name=workload.name, description=_description(workload)))
+    with _aside(workspace) as folder:
+        state = LocalState(str(folder))
+        state.write_project(ProjectModel(id=project, name=workload.name, description=_description(workload)))
+        state.write_dashboard(project, dashboard(workload))
+        (folder / str(project) / "snapshots").mkdir()
+        try:
+            (folder / str(project)).rename(target)
+        except OSError:
+            # Another writer was faster; a folder that is not empty cannot be replaced.
+            if not target.exists():
+                raise
     return project
+
+
+@contextmanager
+def _aside(workspace: Path) -> Iterator[Path]:
+    """A folder beside the workspace, to write in what is then renamed into it.
+
+    Beside, not inside: the UI's watcher stops for good when it reads a project half-written, and does not notice files
+    that are renamed within what it watches.
+    """
+    beside = workspace.parent / f".{workspace.name}.writing"
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=beside) as folder:
+        yield Path(folder)
 
 
 def _description(workload: Workload) -> str:
