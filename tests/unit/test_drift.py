@@ -13,8 +13,11 @@ from scipy.spatial.distance import jensenshannon
 from monitoring.binning import SCORE
 from monitoring.drift import calibrate, distance, measure, split
 from noria.options import DriftOptions
-from noria.records import ColumnDrift
+from noria.records import ColumnDrift, Window, moment
 from noria.schema import Column, Schema
+from noria.settings import load_settings
+from workloads.taxi import TRIPS
+from workloads.taxi import WORKLOAD as TAXI
 
 WEEK = 7 * 86_400
 OPTIONS = DriftOptions()
@@ -128,6 +131,24 @@ def test_iid_thresholds_would_alarm_where_these_do_not() -> None:
     calm = stream(10, 3, first=26, **rows)
     assert sum(bool(drifted(measure(one, iid, options))) for one in calm) == 10
     assert sum(bool(drifted(measure(one, known, options))) for one in calm) <= 1
+
+
+def test_real_calm_weeks_stay_calm_and_the_lockdown_does_not() -> None:
+    """88 weeks of taxi trips after a reference of 2018-01..06; the four alarms in 2019-02 are a fault of the data."""
+    path = load_settings().downloads / TRIPS
+    if not path.exists():
+        pytest.skip(f"{path} is not there; `noria check workloads.taxi:WORKLOAD` downloads it")
+    trips, _ = TAXI.clean(TAXI.records(Window(moment("2018-01-01"), moment("2020-07-01"))))
+    times = trips.column("pickup_datetime").cast(pa.int64()).to_numpy() // 1_000_000
+    known = calibrate(trips.slice(0, np.searchsorted(times, moment("2018-07-01").timestamp())), TAXI.schema, TAXI.drift)
+    found = {}
+    for start in range(int(moment("2018-07-02").timestamp()), int(moment("2020-06-22").timestamp()), WEEK):
+        first, last = np.searchsorted(times, [start, start + WEEK])
+        found[start] = drifted(measure(trips.slice(first, last - first), known, TAXI.drift))
+    calm = [bool(columns) for start, columns in found.items() if start < moment("2020-03-09").timestamp()]
+    lockdown = [bool(columns) for start, columns in found.items() if start >= moment("2020-03-16").timestamp()]
+    assert len(calm) == 88 and sum(calm) <= 0.05 * len(calm)
+    assert len(lockdown) == 14 and all(lockdown)
 
 
 def test_missing_share_alarms(thresholds: dict[str, object], week: pa.Table) -> None:
