@@ -6,8 +6,10 @@ ends with it, and the old one goes when the last such request does. Not here: HT
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -34,6 +36,8 @@ class Model:
     schema: Schema
     bands: Bands
     session: ort.InferenceSession
+    example: Mapping[str, Any]
+    """A real record: the first of the bundle's proof."""
 
     def score(self, tensors: Tensors) -> np.ndarray:
         """Scores [n], float32, of raw tensors [n]. Thread-safe."""
@@ -104,7 +108,9 @@ def load(desired: Desired, providers: Providers) -> Model:
         _prove(bundle, session)
     except Exception as error:
         raise BundleError(f"{name} fails its proof: {_line(error)}") from error
-    return Model(desired.workload, desired.version or 0, bundle.facts, bundle.schema, bundle.bands, session)
+    example = bundle.proof.records[0]
+    number = desired.version or 0
+    return Model(desired.workload, number, bundle.facts, bundle.schema, bundle.bands, session, example)
 
 
 def _prove(bundle: Bundle, session: ort.InferenceSession) -> None:

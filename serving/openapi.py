@@ -84,7 +84,7 @@ def _paths(model: Model) -> dict[str, Any]:
     }
     return {
         f"/predict/{name}": _post(
-            name, f"Predict {schema.target}", _object("records", records), {"records": [schema.example()]}
+            name, f"Predict {schema.target}", _object("records", records), {"records": [model.example]}
         ),
         f"/feedback/{name}": _post(
             name,
@@ -93,7 +93,7 @@ def _paths(model: Model) -> dict[str, Any]:
             {"labels": [{"id": "0" * 32, "label": 1}]},
         ),
         f"/v2/models/{name}/infer": _post(
-            name, "Predict, in the Open Inference Protocol", {"type": "object"}, tensors.example(schema)
+            name, "Predict, in the Open Inference Protocol", {"type": "object"}, tensors.example(schema, model.example)
         ),
         f"/v2/models/{name}": {
             "get": {"summary": "Inputs and outputs", "tags": [name], "responses": {"200": {"description": "OK"}}}

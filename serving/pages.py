@@ -49,17 +49,18 @@ def _workload(model: Model) -> str:
     )
     bands = ", ".join(f"<b>{escape(band.action)}</b> above {band.above:g}" for band in model.bands.bands)
     action = f"<p>Action: {bands}, otherwise <b>{escape(model.bands.otherwise or '')}</b>.</p>" if bands else ""
+    beside = f"<p>A record may also say when it happened, as <code>{escape(schema.event_time)}</code>.</p>"
+    event_time = "" if schema.event_time in schema.names else beside
     forms = [
-        _form("Predict", f"/predict/{name}", {"records": [schema.example()]}, opened=True),
+        _form("Predict", f"/predict/{name}", {"records": [model.example]}, opened=True),
         _form("Feedback: what really happened", f"/feedback/{name}", {"labels": [{"id": "0" * 32, "label": 1}]}),
-        _form("Predict, Open Inference Protocol", f"/v2/models/{name}/infer", tensors.example(schema)),
+        _form("Predict, Open Inference Protocol", f"/v2/models/{name}/infer", tensors.example(schema, model.example)),
     ]
     return (
         f"<section id='{name}'><h2>{name} <small>version {model.version}</small></h2>"
         f"<p>Predicts <b>{escape(schema.target)}</b>{unit}. {escape(model.facts.notes)}</p>{action}"
         f"<table><tr><th>column</th><th>type</th><th>range</th><th>required</th><th>meaning</th></tr>{rows}</table>"
-        f"<p>The event time <code>{escape(schema.event_time)}</code> may be sent with each record; without it, "
-        f"it is now.</p>{''.join(forms)}</section>"
+        f"{event_time}{''.join(forms)}</section>"
     )
 
 
@@ -74,9 +75,9 @@ def _form(title: str, path: str, example: dict[str, Any], opened: bool = False) 
 
 
 def _limits(low: float | None, high: float | None) -> str:
-    if low is None and high is None:
-        return ""
-    return f"{'' if low is None else f'{low:g}'} to {'' if high is None else f'{high:g}'}"
+    least = "" if low is None else f"from {low:g}"
+    most = "" if high is None else f"up to {high:g}"
+    return f"{least} {most}".strip()
 
 
 def _links() -> str:

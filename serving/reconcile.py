@@ -37,7 +37,7 @@ class Pending:
     """Workers started when it was asked: more of them since means that a worker died of it."""
     deadline: float
     restored: bool = False
-    """Asked by an earlier process."""
+    """Asked before this process, or this worker, started."""
 
 
 class Reconciler:
@@ -60,6 +60,7 @@ class Reconciler:
 
     def step(self) -> None:
         """Settle what the worker answered, then act on every alias that has moved."""
+        self._notice()
         for pending in list(self._pending.values()):
             self._settle(pending)
         try:
@@ -75,6 +76,16 @@ class Reconciler:
         for workload, named in found.items():
             self._follow(workload, named)
         self._say()
+
+    def _notice(self) -> None:
+        """A worker that started anew may fail on what its forerunner served: the copy on this disk was damaged."""
+        answers = state.read(self.state_folder, State)
+        for workload, desired in self._desired().items():
+            reached = answers.get(workload)
+            if workload in self._pending or reached is None or desired.version is None:
+                continue
+            if reached.asked == desired.asked and reached.status == "failed":
+                self._wait_for(desired, restored=True)
 
     def _follow(self, workload: str, named: Mapping[str, int]) -> None:
         number = named.get("champion")
@@ -151,7 +162,9 @@ class Reconciler:
         back = Desired(workload, asked.fallback_version, asked.fallback_folder, uuid.uuid4().hex)
         state.write(self.desired_folder, back)
         if pending.restored:
-            del self._pending[workload]  # the copy on this disk may be at fault: it is fetched and asked for once more
+            # The copy on this disk may be at fault: it is fetched and asked for once more.
+            del self._pending[workload]
+            self._handled.pop(workload, None)
             return
         self._report(workload, number, f"failed: {reason}")
         self._done(pending)

@@ -6,7 +6,7 @@ github.com/kserve/open-inference-protocol, specification/protocol. Not here: bin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,11 @@ def metadata(name: str, version: int, schema: Schema) -> dict[str, Any]:
     }
 
 
-def example(schema: Schema) -> dict[str, Any]:
-    """A request of one row, from the schema's examples."""
-    record = schema.example()
+def example(schema: Schema, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A request of one row."""
     inputs = []
     for column in schema.columns:
-        value = record[column.name]
+        value = record.get(column.name)
         datatype = "BYTES" if isinstance(value, str) else OFFERED[column.kind]
         inputs.append({"name": column.name, "datatype": datatype, "shape": [1], "data": [value]})
     return {"inputs": inputs}

@@ -134,7 +134,7 @@ def test_infer_refusals(trips_schema, body, part):
 
 
 def test_infer_example_and_metadata_fit_each_other(trips_schema):
-    rows, _ = decode_infer(orjson.dumps(example(trips_schema)), trips_schema)
+    rows, _ = decode_infer(orjson.dumps(example(trips_schema, RECORD)), trips_schema)
     assert len(rows) == 1
     assert [entry["name"] for entry in metadata("trips", 3, trips_schema)["inputs"]] == list(trips_schema.names)
 
