@@ -47,7 +47,9 @@ def batch(workload: str, source: str | None = None, now: str | None = None) -> d
     name = (f"batch:{source or 'lake'}:{champion.number}", int(end.timestamp()))
     log_predictions(lake, named, contract, version=champion.number, batch=name)
     summary = {"rows": len(named), "version": champion.number, "output": str(output)}
-    create_table_artifact([summary], key=f"batch-{contract.name}".replace("_", "-"), description="What the last batch scored")
+    create_table_artifact(
+        [summary], key=f"batch-{contract.name}".replace("_", "-"), description="What the last batch scored"
+    )
     return summary
 
 

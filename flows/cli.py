@@ -21,14 +21,20 @@ from noria.errors import NoriaError
 
 out, err = Console(), Console(stderr=True)
 GROUPS = ("Everything at once", "The stack", "Models", "Your own workload")
-Name = Annotated[str, typer.Argument(metavar="WORKLOAD", help="A workload's name (taxi, spam) or import string (module:NAME).")]
-Now = Annotated[str | None, typer.Option("--now", help="Act as if it were this ISO time; default: the clock, or a recorded stream's end.")]
+Name = Annotated[
+    str, typer.Argument(metavar="WORKLOAD", help="A workload's name (taxi, spam) or import string (module:NAME).")
+]
+Now = Annotated[
+    str | None,
+    typer.Option("--now", help="Act as if it were this ISO time; default: the clock, or a recorded stream's end."),
+]
 
 
 class Group(typer.core.TyperGroup):
     """Prints noria's own errors as sentences; anything else is a defect and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
         except NoriaError as error:
@@ -65,9 +71,14 @@ def up() -> None:
     from flows.stack import up as start
 
     with out.status("starting") as status:
+
         def tell(ready: dict[str, bool]) -> None:
             waiting = [name for name, done in ready.items() if not done]
-            status.update(f"{sum(ready.values())} of {len(ready)} ready; waiting for {', '.join(waiting)}" if ready else "starting")
+            status.update(
+                f"{sum(ready.values())} of {len(ready)} ready; waiting for {', '.join(waiting)}"
+                if ready
+                else "starting"
+            )
 
         start(Site.here(), tell=tell)
     _show_stack(Site.here())
@@ -131,14 +142,20 @@ def watch(workload: Name, now: Now = None) -> None:
 
 
 @app.command(rich_help_panel=GROUPS[2])
-def batch(workload: Name, source: Annotated[Path, typer.Argument(help="A Parquet file with the raw columns.")], now: Now = None) -> None:
+def batch(
+    workload: Name,
+    source: Annotated[Path, typer.Argument(help="A Parquet file with the raw columns.")],
+    now: Now = None,
+) -> None:
     """Score a Parquet file with the champion; results beside it, predictions logged like online ones."""
     outcome = _run("batch", workload, source=str(source.absolute()), now=now)
     out.print(f"scored {outcome['rows']:,} rows with version {outcome['version']}: {outcome['output']}")
 
 
 @app.command(rich_help_panel=GROUPS[2])
-def promote(workload: Name, version: Annotated[int, typer.Argument(help="The version's number in MLflow.", min=1)]) -> None:
+def promote(
+    workload: Name, version: Annotated[int, typer.Argument(help="The version's number in MLflow.", min=1)]
+) -> None:
     """Make a version the champion; the server follows within seconds. The same as moving the alias in MLflow."""
     from datetime import UTC, datetime
 
@@ -199,6 +216,7 @@ def _run(flow: str, workload: str, **parameters: Any) -> dict[str, Any]:
 
     given = {name: value for name, value in parameters.items() if value is not None}
     with out.status(f"{flow} {workload}") as status:
+
         def say(sentence: str) -> None:
             status.update(sentence.splitlines()[0][:100] if sentence else "")
 

@@ -17,8 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from rich.console import Console
 
 from flows.live import LiveView
@@ -28,7 +26,7 @@ from flows.stack import down, up
 from flows.story import summarise, write_story
 from noria.errors import NoriaError
 from noria.records import Window, moment
-from noria.runtime import open_session, score
+from noria.settings import Settings
 from noria.workload import Workload, load
 
 STREAM = "workloads.taxi:WORKLOAD"
@@ -61,7 +59,10 @@ def run_demo(site: Site, console: Console, *, start: str, end: str, label_delay:
     weeks = weeks_between(start, end)
     site = fresh_home(site)
     watch = Stopwatch()
-    console.print(f"[bold]noria demo[/]: taxi trips, {len(weeks)} weeks from {start} to {end}; everything under {site.settings.root}")
+    console.print(
+        f"[bold]noria demo[/]: taxi trips, {len(weeks)} weeks from {start} to {end}; "
+        f"everything under {site.settings.root}"
+    )
     begun = time.perf_counter()
     try:
         with console.status("starting the stack and fetching the data") as status, watch.stage("start"):
@@ -69,7 +70,7 @@ def run_demo(site: Site, console: Console, *, start: str, end: str, label_delay:
         memory = PeakMemory([os.getpid(), int(read_state(site.settings.root)["pid"])])
         memory.start()
         # Prefect reads its address from the environment when it is imported, so this comes after the stack is up.
-        from flows.turn import Turn
+        from flows.turn import Turn  # noqa: PLC0415
 
         turn = Turn(site, workload, STREAM, watch, label_delay=label_delay)
         with LiveView(console, f"{workload.name}: error per week", len(weeks), workload.unit) as view:
@@ -86,7 +87,9 @@ def run_demo(site: Site, console: Console, *, start: str, end: str, label_delay:
             with console.status("stopping the stack"):
                 down(site)
     if keep:
-        console.print(f"the stack stays up; stop it with [bold]NORIA_HOME={site.settings.root} noria down[/]", highlight=False)
+        console.print(
+            f"the stack stays up; stop it with [bold]NORIA_HOME={site.settings.root} noria down[/]", highlight=False
+        )
 
 
 def weeks_between(start: str, end: str) -> list[Window]:
@@ -111,8 +114,9 @@ def fresh_home(site: Site) -> Site:
         shutil.rmtree(home)
     home.mkdir(parents=True)
     (home / MARKER).touch()
-    return Site(type(site.settings)(**{**site.settings.model_dump(), "home": home, "workloads": STREAM, "ingest": False,
-                                       "mlflow_uri": "", "prefect_url": "", "ray_address": "", "serving_url": ""}))  # fmt: skip
+    elsewhere = {"mlflow_uri": "", "prefect_url": "", "ray_address": "", "serving_url": ""}
+    own = {"home": home, "workloads": STREAM, "ingest": False, **elsewhere}
+    return Site(Settings(**{**site.settings.model_dump(), **own}))
 
 
 def _start(site: Site, say: Callable[[str], None]) -> tuple[Workload, Site]:
@@ -130,7 +134,9 @@ def _start(site: Site, say: Callable[[str], None]) -> tuple[Workload, Site]:
     fetching = threading.Thread(target=prepare, name="prepare")
     fetching.start()
     try:
-        site = up(site, tell=lambda ready: say("starting " + ", ".join(name for name, done in ready.items() if not done)))
+        site = up(
+            site, tell=lambda ready: say("starting " + ", ".join(name for name, done in ready.items() if not done))
+        )
     finally:
         fetching.join()
     if failures:
@@ -139,29 +145,29 @@ def _start(site: Site, say: Callable[[str], None]) -> tuple[Workload, Site]:
     return workload, site
 
 
-def frozen_scores(model: Path, workload: Workload) -> Callable[[pa.Table], np.ndarray]:
-    """What the first champion says of rows, for ever."""
-    session = open_session(model)
-    return lambda rows: score(session, workload.schema.tensors(rows))
-
-
 def tell(console: Console, story: dict[str, Any], page: Path) -> None:
     """The end of the story in the terminal."""
-    facts = summarise(story)
-    requests = story["requests"]
+    facts, requests = summarise(story), story["requests"]
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
     console.print()
     if facts["after"]:
-        console.print(
+        ratio = facts["loop_after"] / facts["frozen_after"]
+        say(
             f"since {facts['after']}: error [bold]{facts['loop_after']:.2f}[/] {story['unit']} with noria, "
-            f"{facts['frozen_after']:.2f} without ([bold]{facts['loop_after'] / facts['frozen_after']:.2f} ×[/])", highlight=False,
-        )  # fmt: skip
+            f"{facts['frozen_after']:.2f} without: [bold]{ratio:.2f} times[/]"
+        )
     for retrain in story["retrains"]:
-        console.print(f"  {retrain['requested'][:10]} {retrain['verdict']:>8}: {retrain['reason']}", highlight=False)
+        say(f"  {retrain['requested'][:10]} {retrain['verdict']:>8}: {retrain['reason']}")
     style = "green" if not requests["failed"] else "bold red"
-    console.print(f"requests: {requests['sent']:,} sent, [{style}]{requests['failed']} failed[/]; "
-                  f"{story['predictions_logged']:,} predictions logged, {story['labels_joined']:,} labels joined", highlight=False)  # fmt: skip
+    say(
+        f"requests: {requests['sent']:,} sent, [{style}]{requests['failed']} failed[/]; "
+        f"{story['predictions_logged']:,} predictions logged, {story['labels_joined']:,} labels joined"
+    )
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in story["seconds"].items())
-    console.print(f"seconds: {stages}; peak memory {story['peak_memory_bytes'] / 2**30:.1f} GiB", highlight=False)
-    console.print(f"the story: [bold]{page}[/]", highlight=False)
+    say(f"seconds: {stages}; peak memory {story['peak_memory_bytes'] / 2**30:.1f} GiB")
+    say(f"the story: [bold]{page}[/]")
     for name, url in story["addresses"].items():
-        console.print(f"  {name:>10}  {url}", highlight=False)
+        say(f"  {name:>10}  {url}")

@@ -57,7 +57,8 @@ class Engine:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         while not self.stopping:
-            ready, _, _ = select.select([self.server, self.woken, *self.runs], [], [])
+            watched: list[Any] = [self.server, self.woken, *self.runs]
+            ready, _, _ = select.select(watched, [], [])
             for source in ready:
                 if source is self.server:
                     self._accept()
@@ -150,7 +151,7 @@ class Engine:
 
 
 def run(order: dict[str, Any], terminals: list[int]) -> None:
-    """Become the ordered module (Prefect's engine for a flow run), with the caller's environment, folder and terminal."""
+    """Become the ordered module (Prefect's engine for a flow run), with the caller's environment and terminal."""
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)

@@ -14,8 +14,14 @@ from typing import Any
 import uvicorn
 from jinja2 import Environment, PackageLoader, select_autoescape
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterDeploymentId
-from prefect.client.schemas.filters import FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from starlette.applications import Starlette
@@ -48,7 +54,12 @@ def overview(site: Site) -> dict[str, Any]:
     ]
     store = Store(site.address("mlflow_uri"))
     workloads = [_workload(site, store, path) for path in site.settings.imports]
-    return {"services": services, "workloads": workloads, "events": state.get("events", [])[-5:], "at": _show(datetime.now(UTC))}
+    return {
+        "services": services,
+        "workloads": workloads,
+        "events": state.get("events", [])[-5:],
+        "at": _show(datetime.now(UTC)),
+    }
 
 
 def _workload(site: Site, store: Store, path: str) -> dict[str, Any]:
@@ -92,9 +103,14 @@ def _runs(workload: Workload) -> dict[str, list[dict[str, str]]]:
 
 
 def _run(run: FlowRun, flows: dict[Any, str]) -> dict[str, str]:
-    state = run.state.name if run.state else ""
+    state = str(run.state.name) if run.state else ""
     when = run.end_time or run.start_time or run.expected_start_time
-    return {"flow": flows.get(run.deployment_id, run.name), "state": state, "when": _show(when) if when else "", "id": str(run.id)}
+    return {
+        "flow": flows.get(run.deployment_id, ""),
+        "state": state,
+        "when": _show(when) if when else "",
+        "id": str(run.id),
+    }
 
 
 def _show(when: datetime) -> str:
@@ -110,7 +126,9 @@ def make_app(site: Site) -> Starlette:
             content = await asyncio.to_thread(overview, site.found())
         except NoriaError as error:
             return HTMLResponse(templates.get_template("home.html").render(problem=str(error)), status_code=503)
-        return HTMLResponse(templates.get_template("home.html").render(**content, prefect=site.found().settings.prefect_url[:-4]))
+        return HTMLResponse(
+            templates.get_template("home.html").render(**content, prefect=site.found().settings.prefect_url[:-4])
+        )
 
     async def data(_: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(overview, site.found()))

@@ -35,7 +35,9 @@ class LiveView:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.console.is_terminal:
             self.live.stop()
 
@@ -51,7 +53,8 @@ class LiveView:
         self.progress.advance(self.task)
         if not self.console.is_terminal:
             self.console.print(
-                f"{row['week_end']}  rows {row['rows']:>5}  frozen {row['frozen_error']:.2f}  loop {row['loop_error']:.2f}  "
+                f"{row['week_end']}  rows {row['rows']:>5}  "
+                f"frozen {row['frozen_error']:.2f}  loop {row['loop_error']:.2f}  "
                 f"{row['verdict']:>8}  {row['decision']:>8}  v{row['version']}", highlight=False,
             )  # fmt: skip
 
@@ -60,7 +63,9 @@ class LiveView:
         self.console.print(Text(sentence, style=style or "bold"))
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=self.title, title_justify="left", expand=False, header_style="dim", box=None, padding=(0, 2))
+        table = Table(
+            title=self.title, title_justify="left", expand=False, header_style="dim", box=None, padding=(0, 2)
+        )
         for name in ("week ending", "rows", f"never retrained ({self.unit})", f"noria ({self.unit})"):
             table.add_column(name, justify="left" if name == "week ending" else "right")
         for name in ("watch", "decision", "version"):
@@ -69,7 +74,7 @@ class LiveView:
         for row in self.rows[-room:]:
             table.add_row(
                 row["week_end"], f"{row['rows']:,}", f"{row['frozen_error']:.2f}", f"{row['loop_error']:.2f}",
-                Text(row["verdict"], STYLES.get(row["verdict"], "")), Text(row["decision"], STYLES.get(row["decision"], "")),
+                *(Text(row[name], STYLES.get(row[name], "")) for name in ("verdict", "decision")),
                 f"v{row['version']}",
             )  # fmt: skip
         return Group(table, self.progress, Text.assemble(("now: ", "dim"), self.now))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -70,20 +70,22 @@ def run_and_follow(name: str, parameters: dict[str, Any], say: Callable[[str], N
         ServiceError: there is no such deployment, or the run failed or was dropped; with its own sentence.
     """
     try:
-        run = run_deployment(name, parameters=parameters, timeout=0, as_subflow=False)
+        made = run_deployment(name, parameters=parameters, timeout=0, as_subflow=False)
     except ObjectNotFound:
-        raise ServiceError(f"Nothing is deployed as {name}; is the workload in NORIA_WORKLOADS of `noria up`?") from None
+        raise ServiceError(
+            f"Nothing is deployed as {name}; is the workload in NORIA_WORKLOADS of `noria up`?"
+        ) from None
     with get_client(sync_client=True) as client:
         seen = 0
         while True:
-            run = client.read_flow_run(run.id)
+            run = client.read_flow_run(cast(FlowRun, made).id)
             seen += _pass_on(client, run.id, seen, say)
             if run.state is not None and run.state.is_final():
                 break
             time.sleep(0.3)
         _pass_on(client, run.id, seen, say)
     if not run.state.is_completed():
-        raise ServiceError(f"{name} ended {run.state.name.lower()}: {run.state.message or 'see the Prefect UI'}")
+        raise ServiceError(f"{name} ended {str(run.state.name).lower()}: {run.state.message or 'see the Prefect UI'}")
     outcome: dict[str, Any] = run.state.result()
     return outcome
 

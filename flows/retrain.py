@@ -49,7 +49,9 @@ def retrain(workload: str, now: str | None = None, reason: str = "manual", becau
     return attempt(site, store, contract, end, reason=reason, because=because)
 
 
-def attempt(site: Site, store: Store, workload: Workload, now: datetime, *, reason: str, because: str) -> dict[str, Any]:
+def attempt(
+    site: Site, store: Store, workload: Workload, now: datetime, *, reason: str, because: str
+) -> dict[str, Any]:
     """One retrain, noted on the workload from its beginning to its end, so that the policy knows of it."""
     last = store.notes(workload.name).get(RETRAIN, {})
     note = {"requested": now.isoformat(), "reason": reason, "because": because, "refusals": last.get("refusals", 0)}
@@ -78,7 +80,12 @@ def attempt(site: Site, store: Store, workload: Workload, now: datetime, *, reas
         store.note(workload.name, {RETRAIN: {**note, "verdict": "failed", "refusals": note["refusals"] + 1}})
         raise
     refusals = 0 if verdict.action == "promoted" else note["refusals"] + 1
-    outcome = {"verdict": verdict.action, "version": version.number, "reasons": list(verdict.reasons), "refusals": refusals}
+    outcome = {
+        "verdict": verdict.action,
+        "version": version.number,
+        "reasons": list(verdict.reasons),
+        "refusals": refusals,
+    }
     store.note(workload.name, {RETRAIN: {**note, **outcome}})
     return {**note, **outcome}
 
@@ -178,7 +185,9 @@ def gate(run: Run, workload: Workload, trained: Trained, rival: Rival | None) ->
     if rival is not None:
         scores["champion"] = rival.score(split.test)
         known = split.validation
-        offset = recalibration(known.column(target).to_numpy(), rival.score(known), task=workload.task, log=workload.log_target)
+        offset = recalibration(
+            known.column(target).to_numpy(), rival.score(known), task=workload.task, log=workload.log_target
+        )
         scores["recalibrated"] = offset(scores["champion"])
     contest = Contest(labels, scores, workload.slices(split.test))
     verdict = judge(contest, workload.gate, task=workload.task, loss=workload.loss, log=workload.log_target)
@@ -192,7 +201,14 @@ def gate(run: Run, workload: Workload, trained: Trained, rival: Rival | None) ->
 @task(name="act", cache_policy=NO_CACHE)
 def act(store: Store, version: Version, verdict: Verdict, reason: str, now: datetime) -> None:
     """Write the verdict on the version; move the alias if it may pass."""
-    store.tag(version, {"noria.verdict": verdict.action, "noria.verdict_because": " ".join(verdict.reasons), "noria.asked_because": reason})
+    store.tag(
+        version,
+        {
+            "noria.verdict": verdict.action,
+            "noria.verdict_because": " ".join(verdict.reasons),
+            "noria.asked_because": reason,
+        },
+    )
     if verdict.action == "promoted":
         promote(store, version, reason=reason, now=now)
 
@@ -202,7 +218,9 @@ def log_training(run: Run, trained: Trained) -> None:
     for epoch, entry in enumerate(trained.history):
         run.metrics({name: float(value) for name, value in entry.items()}, step=epoch)
     run.metrics({f"seconds/{stage}": seconds for stage, seconds in trained.seconds.items()})
-    run.params({"warm_start": trained.warm, "rows": trained.prepared.rows, "duplicates_removed": trained.prepared.duplicates})
+    run.params(
+        {"warm_start": trained.warm, "rows": trained.prepared.rows, "duplicates_removed": trained.prepared.duplicates}
+    )
     run.text("diagnosis.md", "\n".join(f"- {sentence}" for sentence in trained.diagnosis))
     run.figure("curves.png", trained.figure())
     run.data("quarantine.json", trained.prepared.quarantine)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,7 +22,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.actions import RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.flows import load_flow_from_entrypoint
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.states import Crashed
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
@@ -37,7 +38,7 @@ FLOWS = {
 }
 ABOUT = {
     "retrain": "Train a candidate on the newest data, register it, and promote it if the gate lets it pass.",
-    "watch": "Judge the champion on the newest window, publish the drift report, ask for a retrain when the policy says so.",
+    "watch": "Judge the champion on the newest window, publish the report, ask for a retrain when the policy says so.",
     "batch": "Score a table of the lake or a Parquet file with the champion.",
 }
 
@@ -60,7 +61,9 @@ def crash_orphans() -> None:
     the worker starts."""
     with get_client(sync_client=True) as client:
         for run in under_way(client, DeploymentFilter(tags=DeploymentFilterTags(all_=["noria"]))):
-            client.set_flow_run_state(run.id, Crashed(message="The stack stopped while this run was under way."), force=True)
+            client.set_flow_run_state(
+                run.id, Crashed(message="The stack stopped while this run was under way."), force=True
+            )
 
 
 def _pool(client: SyncPrefectClient, engine: Path, folder: Path) -> None:
@@ -74,11 +77,13 @@ def _pool(client: SyncPrefectClient, engine: Path, folder: Path) -> None:
         client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=template))
     except ObjectNotFound:
         about = "Runs flows in processes forked from noria's warm engine"
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template, description=about))
+        client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", base_job_template=template, description=about)
+        )
 
 
 def _deployment(client: SyncPrefectClient, entrypoint: str, name: str, path: str, *, cron: str | None) -> UUID:
-    flow = load_flow_from_entrypoint(entrypoint)
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
     code: dict[str, Any] = {
         "entrypoint": entrypoint,
         "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
@@ -90,7 +95,9 @@ def _deployment(client: SyncPrefectClient, entrypoint: str, name: str, path: str
         client.update_deployment(found.id, DeploymentUpdate(**code))
         return found.id
     except ObjectNotFound:
-        schedules = [DeploymentScheduleCreate(schedule=CronSchedule(cron=cron, timezone="UTC"), active=True)] if cron else []
+        schedules = (
+            [DeploymentScheduleCreate(schedule=CronSchedule(cron=cron, timezone="UTC"), active=True)] if cron else []
+        )
         return client.create_deployment(
             client.create_flow(flow),
             name,
@@ -107,15 +114,20 @@ def _deployment(client: SyncPrefectClient, entrypoint: str, name: str, path: str
 
 def _automation(client: SyncPrefectClient, deployment: UUID, workload: str) -> None:
     parameters = {
-        key: {"__prefect_kind": "jinja", "template": f"{{{{ event.payload.{key} }}}}"} for key in ("now", "reason", "because")
+        key: {"__prefect_kind": "jinja", "template": f"{{{{ event.payload.{key} }}}}"}
+        for key in ("now", "reason", "because")
     }
     wanted = AutomationCore(
         name=f"retrain {workload} when asked",
         description="A watch found a reason to retrain and emitted an event; this runs the retrain deployment.",
         trigger=EventTrigger(
-            posture=Posture.Reactive, expect={EVENT}, match={"prefect.resource.id": resource_id(workload)}, threshold=1, within=0
+            posture=Posture.Reactive,
+            expect={EVENT},
+            match={"prefect.resource.id": resource_id(workload)},
+            threshold=1,
+            within=timedelta(0),
         ),
-        actions=[RunDeployment(source="selected", deployment_id=deployment, parameters=parameters)],
+        actions=[RunDeployment(source="selected", deployment_id=deployment, parameters=parameters, job_variables=None)],
     )
     if not client.read_automations_by_name(wanted.name):
         client.create_automation(wanted)

@@ -20,9 +20,23 @@ from pathlib import Path
 from flows.site import Site
 from flows.stack import Service, Supervisor, answers, end_orphans, lock
 
-PREFERRED = {"home": 8090, "prefect": 4200, "mlflow": 5000, "evidently": 8000, "serving": 8080, "ray": 6379, "worker": 8091}
+PREFERRED = {
+    "home": 8090,
+    "prefect": 4200,
+    "mlflow": 5000,
+    "evidently": 8000,
+    "serving": 8080,
+    "ray": 6379,
+    "worker": 8091,
+}
 """Ports taken where they are free; otherwise any free one. The choice is kept for the home's next start."""
-QUIET = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", "OPENBLAS_NUM_THREADS": "1"}
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MPLBACKEND": "Agg",
+    "PYTHONUNBUFFERED": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -99,17 +113,16 @@ def services(site: Site) -> list[Service]:
         _prefect(home, at["prefect"], shared),
         _mlflow(home, at["mlflow"], shared),
         _ray(home, at["ray"], shared),
-        Service(
-            "evidently",
-            (executable("evidently"), "ui", "--host", "127.0.0.1", "--port", str(at["evidently"]), "--workspace", str(home / "evidently")),
-            url["evidently"], answers(f"{url['evidently']}/api/version"), shared,
-        ),
+        _evidently(home, at["evidently"], shared),
         Service(
             "serving",
             (python, "-m", "flows.cli", "serve", "--host", "127.0.0.1", "--port", str(at["serving"])),
             url["serving"], answers(f"{url['serving']}/v2/health/live"), {**shared, "NORIA_MLFLOW_URI": url["mlflow"]},
         ),
-        Service("engine", (python, "-m", "flows.engine", str(socket_path)), f"unix:{socket_path}", _listens(socket_path), shared),
+        Service(
+            "engine",
+            (python, "-m", "flows.engine", str(socket_path)), f"unix:{socket_path}", _listens(socket_path), shared,
+        ),
         Service(
             "worker",
             (python, "-I", "-S", str(Path(__file__).with_name("run_warm.py")), str(socket_path), "flows.worker"),
@@ -118,12 +131,15 @@ def services(site: Site) -> list[Service]:
              "PREFECT_WORKER_WEBSERVER_PORT": str(at["worker"])},
             after=("prefect", "engine"),
         ),
-        Service("home", (python, "-m", "flows.home", str(at["home"])), url["home"], answers(f"{url['home']}/health"), shared),
+        Service(
+            "home",
+            (python, "-m", "flows.home", str(at["home"])), url["home"], answers(f"{url['home']}/health"), shared,
+        ),
     ]  # fmt: skip
 
 
 def warm_socket(home: Path) -> Path:
-    """Where the warm engine listens: in the home when its path is short enough for a Unix socket, else in a folder of ours."""
+    """Where the warm engine listens: in the home if its path is short enough for a socket, else in a folder of ours."""
     inside = home / "engine.sock"
     if len(str(inside)) < 100:
         return inside
@@ -156,13 +172,23 @@ def _prefect(home: Path, port: int, shared: dict[str, str]) -> Service:
     return Service("prefect", command, url, answers(f"{url}/api/health"), {**shared, **own})
 
 
+def _evidently(home: Path, port: int, shared: dict[str, str]) -> Service:
+    url = f"http://127.0.0.1:{port}"
+    workspace = str(home / "evidently")
+    command = (executable("evidently"), "ui", "--host", "127.0.0.1", "--port", str(port), "--workspace", workspace)
+    return Service("evidently", command, url, answers(f"{url}/api/version"), shared)
+
+
 def _mlflow(home: Path, port: int, shared: dict[str, str]) -> Service:
     url = f"http://127.0.0.1:{port}"
+    store, artifacts = f"sqlite:///{home}/mlflow/mlflow.db", str(home / "mlflow" / "artifacts")
     command = (
-        executable("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts",
-        "--backend-store-uri", f"sqlite:///{home}/mlflow/mlflow.db", "--artifacts-destination", str(home / "mlflow" / "artifacts"),
+        executable("mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--serve-artifacts", "--backend-store-uri", store, "--artifacts-destination", artifacts,
     )  # fmt: skip
-    return Service("mlflow", command, url, answers(f"{url}/health"), {**shared, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    return Service(
+        "mlflow", command, url, answers(f"{url}/health"), {**shared, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    )
 
 
 def _ray(home: Path, port: int, shared: dict[str, str]) -> Service:

@@ -64,11 +64,15 @@ class Site:
 
     def forwarded(self) -> dict[str, str]:
         """The settings as environment variables, for a process that must see the same site."""
-        given = {name: value for name, value in self.settings.model_dump().items() if name in self.settings.model_fields_set}
+        given = {
+            name: value for name, value in self.settings.model_dump().items() if name in self.settings.model_fields_set
+        }
         return {f"NORIA_{name.upper()}": str(value) for name, value in {**given, "home": self.settings.root}.items()}
 
     def enter(self) -> None:
-        """Let Prefect, which reads the environment when it is imported, find this site's server. Call before that."""
+        """Make this site the one that flows of this process find. Call before prefect is imported: it reads its
+        address from the environment then."""
+        export(**self.forwarded())
         if self.settings.prefect_url:
             export(
                 PREFECT_API_URL=self.settings.prefect_url,
@@ -86,7 +90,8 @@ class Site:
         value = str(getattr(self.settings, setting))
         if not value:
             raise ServiceError(
-                f"No stack runs in {self.settings.root} and NORIA_{setting.upper()} is not set; start one with `noria up`."
+                f"No stack runs in {self.settings.root} and NORIA_{setting.upper()} is not set; "
+                "start one with `noria up`."
             )
         return value
 

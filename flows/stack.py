@@ -262,5 +262,7 @@ def down(site: Site, patience: float = 60.0) -> bool:
     except psutil.NoSuchProcess:
         return False
     except psutil.TimeoutExpired:
-        raise ServiceError(f"The stack (process {pid}) did not stop within {patience:.0f} s; see {home / 'logs'}.") from None
+        raise ServiceError(
+            f"The stack (process {pid}) did not stop within {patience:.0f} s; see {home / 'logs'}."
+        ) from None
     return True

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.axes import Axes
-from matplotlib.dates import ConciseDateFormatter
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 
 Story = dict[str, Any]
@@ -75,7 +76,7 @@ def _first_serving(story: Story) -> str:
 def draw(story: Story) -> Figure:
     """Error a week of the loop against the model that was never retrained, with alarms and promotions marked."""
     weeks = [week for week in story["weeks"] if week["rows"]]
-    when = [datetime.fromisoformat(week["week_end"]) for week in weeks]
+    when = _days(week["week_end"] for week in weeks)
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(when, [week["frozen_error"] for week in weeks], color=FROZEN, lw=2, marker="o", ms=3)
@@ -89,12 +90,19 @@ def draw(story: Story) -> Figure:
     axes.set_ylabel(f"mean error{unit}")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
+    locator = AutoDateLocator(maxticks=9)  # type: ignore[no-untyped-call]
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     axes.set_title(f"{story['workload']}: error per week, with and without the loop", loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(loc="lower left", frameon=False, ncols=3) if story["retrains"] else None
     return figure
+
+
+def _days(dates: Iterable[str]) -> list[float]:
+    """ISO dates as matplotlib counts them: days since 1970."""
+    return [float(date2num(datetime.fromisoformat(day))) for day in dates]  # type: ignore[no-untyped-call]
 
 
 def _mark(axes: Axes, story: Story) -> None:
@@ -105,7 +113,7 @@ def _mark(axes: Axes, story: Story) -> None:
     }
     top = max((week["frozen_error"] for week in story["weeks"] if week["rows"]), default=1.0) * 1.08
     for verdict, (colour, marker, label) in styles.items():
-        moments = [datetime.fromisoformat(one["requested"][:10]) for one in story["retrains"] if one["verdict"] == verdict]
+        moments = _days(one["requested"][:10] for one in story["retrains"] if one["verdict"] == verdict)
         if moments:
             axes.scatter(moments, [top] * len(moments), color=colour, marker=marker, s=60, label=label, zorder=3)
             axes.vlines(moments, 0, top, color=colour, lw=0.8, alpha=0.35)

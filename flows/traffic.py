@@ -32,7 +32,7 @@ class Answered:
 
     def errors(self) -> np.ndarray:
         """Absolute error of each answered row."""
-        return np.abs(np.array(self.scores) - np.array(self.labels))
+        return np.asarray(np.abs(np.array(self.scores) - np.array(self.labels)))
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Traffic:
         self.client.close()
 
     def send(self, rows: pa.Table, into: Answered, *, between: Callable[[int], None] = lambda _: None) -> None:
-        """Send labelled rows in order, `batch` records a request; `between` is told the rows done after each request."""
+        """Send labelled rows in order, `batch` records a request; `between` hears the rows done after each."""
         for start in range(0, len(rows), self.batch):
             part = rows.slice(start, self.batch)
             answer = self._post(f"/predict/{self.workload.name}", {"records": list(self.records(part))})
@@ -76,6 +76,10 @@ class Traffic:
             ]
             self._post(f"/feedback/{self.workload.name}", {"labels": labels})
 
+    def counts(self) -> dict[str, Any]:
+        """Requests sent and failed so far."""
+        return {"sent": self.sent, "failed": self.failed, "last_failure": self.last_failure}
+
     def status(self) -> dict[str, Any]:
         """What the server says of the workload: version, since, pending log rows; empty while nothing is deployed."""
         found: dict[str, Any] = self.client.get("/status").raise_for_status().json()
@@ -88,7 +92,9 @@ class Traffic:
 
     def follow(self, version: int, patience: float = 60.0) -> None:
         """Wait until the server answers with this version. Raises ServiceError when it does not."""
-        self._wait(lambda: self.status().get("version") == version, patience, f"The server does not take version {version}")
+        self._wait(
+            lambda: self.status().get("version") == version, patience, f"The server does not take version {version}"
+        )
 
     def records(self, rows: pa.Table) -> Iterator[dict[str, Any]]:
         """Rows as JSON records: the schema's columns and the event time, missing values left out."""

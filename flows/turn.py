@@ -1,4 +1,4 @@
-"""The demo's weeks, one by one, and what they amount to: requests, truths, watch, the retrain it asks for, the story."""
+"""The demo's weeks, one by one: requests, truths, watch, the retrain it asks for, and the story they amount to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,19 @@ from noria.runtime import open_session, score
 from noria.workload import Workload
 from registry.store import Store
 
-PACKAGES = ("ray", "mlflow", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "evidently", "prefect", "deltalake", "numpy", "scikit-learn")
+PACKAGES = (
+    "ray",
+    "mlflow",
+    "torch",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "evidently",
+    "prefect",
+    "deltalake",
+    "numpy",
+    "scikit-learn",
+)
 PATIENCE = 300.0
 """Seconds that a retrain may take before the demo gives up."""
 SPREAD = 60.0
@@ -71,20 +83,27 @@ class Turn:
         with self.timer.stage("first model"):
             request = Request(window.end, "initial", self._runs())
             run_deployment(
-                f"retrain/{self.workload.name}", parameters={"now": window.end.isoformat(), "reason": "initial"}, timeout=0
+                f"retrain/{self.workload.name}",
+                parameters={"now": window.end.isoformat(), "reason": "initial"},
+                timeout=0,
             )
             self._await(request, lambda: time.sleep(0.1))
             champion = self.store.version(self.workload.name, "champion")
             if champion is None:
-                raise ServiceError(f"The first model was not promoted ({request.because or request.verdict}); see the Prefect UI.")
+                raise ServiceError(
+                    f"The first model was not promoted ({request.because or request.verdict}); see the Prefect UI."
+                )
             bundle = self.store.fetch(champion, self.site.settings.bundles)
             session = open_session(bundle.model)
             self.frozen = lambda rows: score(session, self.workload.schema.tensors(rows))
             self.traffic.follow(champion.number)
         errors = {name: found.metrics["error"] for name, found in bundle.evaluations.items()}
         self.first = {"error": errors["candidate"], "naive_error": errors["naive"], "boosted_error": errors["boosted"]}
-        view.note(f"version {champion.number} serves: error {errors['candidate']:.2f} {self.workload.unit} on its newest tenth; "
-                  f"boosted trees {errors['boosted']:.2f}, naive rule {errors['naive']:.2f}", "green")  # fmt: skip
+        view.note(
+            f"version {champion.number} serves: error {errors['candidate']:.2f} {self.workload.unit} "
+            f"on its newest tenth; boosted trees {errors['boosted']:.2f}, naive rule {errors['naive']:.2f}",
+            "green",
+        )
 
     def week(self, window: Window, view: LiveView) -> None:
         """One week of the world, and what the watch says at its end."""
@@ -127,7 +146,13 @@ class Turn:
         end = max(self.answered)
         window = Window(self.begin or end - self.delay, end)
         services = read_state(self.site.settings.root).get("services", {})
-        shown = {"home": "home", "Prefect": "prefect", "MLflow": "mlflow", "Evidently": "evidently", "server": "serving"}
+        shown = {
+            "home": "home",
+            "Prefect": "prefect",
+            "MLflow": "mlflow",
+            "Evidently": "evidently",
+            "server": "serving",
+        }
         return {
             "workload": self.workload.name,
             "unit": self.workload.unit,
@@ -141,7 +166,7 @@ class Turn:
                 for one in self.retrains
             ],
             "first_model": self.first,
-            "requests": {"sent": self.traffic.sent, "failed": self.traffic.failed, "last_failure": self.traffic.last_failure},
+            "requests": self.traffic.counts(),
             "predictions_logged": len(lake.predictions(window)),
             "labels_joined": len(lake.judged(window, end + self.delay)),
             "addresses": {label: services[name]["url"] for label, name in shown.items() if name in services},
@@ -208,7 +233,10 @@ class Turn:
                 if request.run is not None and request.run.state is not None and request.run.state.is_final():
                     break
         else:
-            raise ServiceError(f"The retrain asked for at {request.requested:%Y-%m-%d} did not end in {PATIENCE:.0f} s; see the Prefect UI.")
+            raise ServiceError(
+                f"The retrain asked for at {request.requested:%Y-%m-%d} did not end in {PATIENCE:.0f} s; "
+                "see the Prefect UI."
+            )
         completed = request.run.state.is_completed()
         note = self.store.notes(self.workload.name).get("noria.retrain", {}) if completed else {}
         request.verdict = note.get("verdict", "failed")

@@ -115,7 +115,11 @@ def markdown(report: DriftReport, decision: Decision) -> str:
     ]
     drifts = [*report.columns, *([report.prediction] if report.prediction else [])]
     if drifts:
-        lines += ["", "| column | distance | threshold | drifted | missing | missing in reference |", "|---|--:|--:|---|--:|--:|"]
+        lines += [
+            "",
+            "| column | distance | threshold | drifted | missing | missing in reference |",
+            "|---|--:|--:|---|--:|--:|",
+        ]
         lines += [
             f"| {one.column} | {one.distance:.3f} | {one.threshold:.3f} | {'**yes**' if one.drifted else 'no'} "
             f"| {one.missing:.1%} | {one.missing_reference:.1%} |"

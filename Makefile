@@ -1,0 +1,42 @@
+# noria: `make demo` and `make test` need Python 3.11+ and nothing else; both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: setup demo up test unit lint bench clean
+
+# The lock is the tested set. torch comes first and by its exact version: on Linux a bare `torch` may bring CUDA's gigabytes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "noria needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the tested set into $(VENV) (about 3 minutes and 3 GB, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	@$(BIN)/noria demo $(ARGS)
+
+up: setup
+	@$(BIN)/noria up
+
+test: setup lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+unit: setup
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup
+	@for one in export serving training; do $(BIN)/python -m benchmarks.$$one || exit 1; done
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache test-artifacts story
