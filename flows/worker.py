@@ -13,11 +13,15 @@ from pathlib import Path
 from flows.schedule import POOL, crash_orphans, deploy
 from flows.services import warm_socket
 from flows.site import Site
+from monitoring.publish import ensure_project
+from noria.workload import load
 
 
 def main() -> None:
-    """Deploy, then become the worker."""
+    """Make the dashboards and the deployments, then become the worker."""
     site = Site.here()
+    for path in site.settings.imports:
+        ensure_project(load(path), site.settings.evidently)
     deploy(site.settings.imports, warm_socket(site.settings.root), Path.cwd())
     crash_orphans()
     # Prefect turns SIGTERM into SIGINT, which a shell's background job ignores.
