@@ -46,8 +46,12 @@ def check(
     unit = 1.0 if scored.link == "sigmoid" else abs(scored.scale) if scored.link == "identity" else 0.0
     for batch in BATCHES:
         found = score(session, raw, batch)
+        if found.shape != expected.shape:
+            raise ParityError(
+                f"The exported graph gives scores of shape {found.shape}; one a row is needed: {expected.shape}."
+            )
         off = np.abs(found - expected) / np.maximum(np.abs(expected), max(unit, 1e-30))
-        if found.shape != expected.shape or not (off <= TOLERANCE).all():
+        if not (off <= TOLERANCE).all():
             row = int(np.argmin(off <= TOLERANCE))
             record = {name: values[row] for name, values in raw.items()}
             raise ParityError(

@@ -99,8 +99,8 @@ def test_a_batch_of_empty_texts_and_a_batch_of_one_work(fitted: Preprocessing) -
 
 
 def test_a_column_without_any_value_is_harmless() -> None:
-    table = pa.table({"size": pa.nulls(9, pa.float64()), "shop": pa.nulls(9, pa.int64()),
-                      "colour": pa.nulls(9, pa.string()), "at": pa.nulls(9, pa.timestamp("us", "UTC")), "body": pa.nulls(9, pa.string())})  # fmt: skip
+    empty = SCHEMA.arrow()
+    table = pa.table({name: pa.nulls(9, empty.field(name).type) for name in SCHEMA.names})
     made = run(fit(SCHEMA, table, OPTIONS), size=[3.0, math.nan], shop=[1, MISSING_INTEGER], colour=["red", ""])
     assert np.isfinite(made["size.number"]).all()
     assert made["shop.level"].tolist() == made["colour.level"].tolist() == [1, 0]
