@@ -152,7 +152,7 @@ class Reconciler:
             self._report(workload, number, f"serving since {reached.since}, replaced version {reached.replaced}")
             self._report(workload, reached.replaced, f"replaced by version {number} at {reached.since}")
             if not pending.restored:
-                self._keep_previous(workload, reached.replaced)
+                self._keep_previous(workload, number, reached.replaced)
         self._done(pending)
 
     def _refuse(self, pending: Pending, reason: str) -> None:
@@ -173,11 +173,12 @@ class Reconciler:
         self._handled[pending.desired.workload] = pending.desired.version or 0
         del self._pending[pending.desired.workload]
 
-    def _keep_previous(self, workload: str, replaced: int) -> None:
-        """Whoever moved the champion, the way back leads to the version that answered before."""
+    def _keep_previous(self, workload: str, number: int, replaced: int) -> None:
+        """Whoever moved the champion, the way back leads to the version that answered before; unless the champion has
+        moved on, which is another swap with another way back."""
         try:
-            previous = self.store.version(workload, "previous")
-            if previous is None or previous.number != replaced:
+            named = aliases(self.store).get(workload, {})
+            if named.get("champion") == number and named.get("previous") != replaced:
                 self.store.move(workload, "previous", replaced)
         except RegistryError as error:
             logger.warning("The alias previous of %s could not be set: %s", workload, error)
