@@ -1,9 +1,16 @@
-"""What every tier shares: markers by folder, and one small bundle that is made by hand (no training)."""
+"""What every tier shares: markers by folder, one small bundle that is made by hand (no training), and one stack."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,17 +18,22 @@ import pyarrow as pa
 import pytest
 from onnx import TensorProto, helper
 
+from flows.site import Site
+from flows.stack import down, up
 from noria.decision import Band, Bands
 from noria.metrics import evaluate
 from noria.options import TrainingOptions
 from noria.records import DatasetRef, Window, moment
 from noria.runtime import open_session, score
 from noria.schema import MISSING_INTEGER, Column, Schema
+from noria.settings import Settings
 from noria.workload import Workload
 from registry.bundle import Contents, Facts
 from registry.environment import environment
 from registry.proof import Proof
 
+STREAM = Path(__file__).parent / "stream"
+"""Folder of the workload that the stack of the tests runs."""
 TIERS = ("unit", "integration", "browser", "gpu")
 
 
@@ -30,6 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for tier in TIERS:
             if tier in Path(str(item.path)).parts:
                 item.add_marker(tier)
+        if "site" in getattr(item, "fixturenames", ()):
+            # The first of them starts the stack, and may live through the stream.
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 @pytest.fixture(scope="session")
@@ -180,3 +195,44 @@ def sent_parcels() -> Callable[..., pa.Table]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Site]:
+    """One running stack for the whole session, with the workload of tests/stream as its only one. Starts in 30-60 s.
+
+    Tests share it: leave it as you found it (schedules, aliases), and end nothing of it.
+    """
+    # Short: Ray and the warm engine keep Unix sockets in it, whose paths are limited.
+    home = Path(tempfile.mkdtemp(prefix="noria-test-"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("NORIA_", "PREFECT_", "MLFLOW_", "RAY_"))]:
+            patch.delenv(name)
+        patch.setenv("PYTHONPATH", str(STREAM))
+        patch.syspath_prepend(STREAM)
+        asked = Site(Settings(home=home, workloads="ferry:WORKLOAD", ingest=False))
+        try:
+            yield up(asked, patience=240)
+        finally:
+            down(asked, patience=120)
+    shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def stack_environment(site: Site) -> dict[str, str]:
+    """The environment in which a person would run commands beside the stack."""
+    api = {"PREFECT_API_URL": site.settings.prefect_url, "PREFECT_HOME": str(site.settings.root / "prefect")}
+    return {**os.environ, **site.forwarded(), **api, "PYTHONPATH": str(STREAM), "DO_NOT_TRACK": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="session")
+def finished_loop(site: Site, stack_environment: dict[str, str]) -> dict[str, Any]:
+    """The ferry's stream, lived through once: the demo's story, and `answers` by week (ids, versions, scores).
+
+    Two versions are there afterwards: the first, and the champion that came of the retrain after the shift.
+    """
+    command = [sys.executable, str(STREAM / "live.py")]
+    lived = subprocess.run(command, env=stack_environment, capture_output=True, text=True, timeout=900, check=False)
+    assert lived.returncode == 0, lived.stderr[-5000:]
+    story: dict[str, Any] = json.loads(lived.stdout)
+    return story
