@@ -6,6 +6,7 @@ the gate, which compares versions (`registry.gate`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from threadpoolctl import threadpool_limits
 
 from noria.metrics import evaluate
 from noria.records import Evaluation
@@ -74,7 +76,10 @@ class Boosted:
                 loss="squared_error" if workload.loss == "squared_error" else "absolute_error", **options
             )
         target = np.log(labels) if link == "exp" else labels
-        return cls(model.fit(table[:, columns], target), inputs, columns, words, link)
+        # Half the cores: training runs beside, and OpenMP's threads spin away whole seconds when they must share a core.
+        with threadpool_limits(max(1, (os.cpu_count() or 2) // 2), "openmp"):
+            model.fit(table[:, columns], target)
+        return cls(model, inputs, columns, words, link)
 
     def score(self, tensors: Tensors, extra: np.ndarray | None = None) -> np.ndarray:
         """Scores [n] in the target's unit, or probabilities."""
