@@ -3,7 +3,8 @@
     python -m benchmarks.serving [--seconds 4] [--rows 1 64 1024] [--clients 1 16]
 
 Starts the real worker (capture on, log written before each answer) on a bundle made here, without MLflow, and asks it
-from this process over keep-alive connections. The client is Python, too, and shares the machine: figures are a floor.
+from this process over keep-alive connections. The client is Python, too, and shares the machine: rates are a floor.
+`CPU ms` is the processor time that the serving process spent on a request: it depends less on who else is busy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import orjson
+import psutil
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
@@ -161,34 +163,36 @@ def infer_body(count: int) -> bytes:
 
 @dataclass(frozen=True)
 class Measured:
-    """Requests a second, and latencies in milliseconds."""
+    """Requests a second; latencies and processor time of a request in milliseconds."""
 
     rate: float
     middle: float
     slow: float
+    cpu: float
 
 
-def summary(latencies: list[float], seconds: float) -> Measured:
-    """Rate, p50 and p99."""
+def summary(latencies: list[float], seconds: float, cpu: float) -> Measured:
+    """Rate, p50, p99, and each request's share of `cpu` seconds."""
     middle, slow = np.percentile(np.array(latencies) * 1000, [50, 99])
-    return Measured(len(latencies) / seconds, float(middle), float(slow))
+    return Measured(len(latencies) / seconds, float(middle), float(slow), 1000 * cpu / len(latencies))
 
 
 def bare(call: Callable[[], object], seconds: float) -> Measured:
     """A function called again and again in this process."""
     latencies: list[float] = []
-    end = time.perf_counter() + seconds
+    end, spent = time.perf_counter() + seconds, time.process_time()
     while (began := time.perf_counter()) < end:
         call()
         latencies.append(time.perf_counter() - began)
-    return summary(latencies, seconds)
+    return summary(latencies, seconds, time.process_time() - spent)
 
 
 async def ask(port: int, path: str, body: bytes, *, clients: int, seconds: float) -> Measured:
     """Keep-alive clients, each with one request in flight."""
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     request, latencies = head.encode() + body, []
-    end = time.perf_counter() + seconds
+    (worker,) = psutil.Process().children()
+    end, before = time.perf_counter() + seconds, worker.cpu_times()
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
@@ -202,7 +206,8 @@ async def ask(port: int, path: str, body: bytes, *, clients: int, seconds: float
         writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return summary(latencies, seconds)
+    after = worker.cpu_times()
+    return summary(latencies, seconds, after.user + after.system - before.user - before.system)
 
 
 async def until_ready(port: int) -> None:
@@ -219,7 +224,7 @@ async def until_ready(port: int) -> None:
 
 def line(name: str, rows: int, clients: int | str, found: Measured) -> None:
     """One row of the table."""
-    figures = f"{found.rate:,.0f} | {found.rate * rows:,.0f} | {found.middle:.2f} | {found.slow:.2f}"
+    figures = f"{found.rate:,.0f} | {found.rate * rows:,.0f} | {found.middle:.2f} | {found.slow:.2f} | {found.cpu:.3f}"
     print(f"| {name} | {rows} | {clients} | {figures} |", flush=True)
 
 
@@ -233,9 +238,7 @@ def machine() -> str:
     )
 
 
-HEADER = (
-    "| what | rows a request | connections | requests/s | rows/s | p50 ms | p99 ms |\n|---|---|---|---|---|---|---|"
-)
+COLUMNS = ("what", "rows", "connections", "requests/s", "rows/s", "p50 ms", "p99 ms", "CPU ms")
 ROUTES = {"predict": ("/predict/taxi", predict_body), "infer": ("/v2/models/taxi/infer", infer_body)}
 
 
@@ -268,7 +271,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 1024])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     given = parser.parse_args()
-    print(f"{machine()}\n\n{HEADER}")
+    print(machine(), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", sep="\n")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         bundle(folder / "bundle")
