@@ -121,11 +121,13 @@ def fresh_home(site: Site) -> Site:
 
 def _start(site: Site, say: Callable[[str], None]) -> tuple[Workload, Site]:
     """The stack, the source data and the slow imports, at the same time."""
-    failures: list[BaseException] = []
+    failures: list[NoriaError] = []
+    notes = [""]
     workload = load(STREAM)
 
     def prepare() -> None:
         try:
+            workload.prepare(notes.append)
             lake = site.lake(workload)
             lake.append("records", workload.records(FIRST), batch=("ingest", int(FIRST.end.timestamp())))
         except NoriaError as error:
@@ -134,15 +136,17 @@ def _start(site: Site, say: Callable[[str], None]) -> tuple[Workload, Site]:
     fetching = threading.Thread(target=prepare, name="prepare")
     fetching.start()
     try:
-        site = up(
-            site, tell=lambda ready: say("starting " + ", ".join(name for name, done in ready.items() if not done))
-        )
+        site = up(site, tell=lambda ready: say(f"{_missing(ready)}; {notes[-1]}".strip("; ")))
     finally:
         fetching.join()
     if failures:
         raise failures[0]
     site.enter()
     return workload, site
+
+
+def _missing(ready: dict[str, bool]) -> str:
+    return "starting " + (", ".join(name for name, done in ready.items() if not done) or "the stack")
 
 
 def tell(console: Console, story: dict[str, Any], page: Path) -> None:
