@@ -40,7 +40,7 @@ def docs(engine: Engine) -> str:
 
 def _workload(model: Model) -> str:
     name, schema = escape(model.workload), model.schema
-    unit = f" ({escape(model.facts.unit)})" if model.facts.unit else ""
+    unit = f" ({escape(model.facts.unit)})" if model.facts.unit not in ("", schema.target) else ""
     rows = "".join(
         f"<tr><td><code>{escape(column.name)}</code></td><td>{column.kind}</td>"
         f"<td>{_limits(column.low, column.high)}</td><td>{'yes' if column.required else ''}</td>"
@@ -75,9 +75,9 @@ def _form(title: str, path: str, example: dict[str, Any], opened: bool = False) 
 
 
 def _limits(low: float | None, high: float | None) -> str:
-    least = "" if low is None else f"from {low:g}"
-    most = "" if high is None else f"up to {high:g}"
-    return f"{least} {most}".strip()
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    return f"from {low:g}" if low is not None else f"up to {high:g}" if high is not None else ""
 
 
 def _links() -> str:

@@ -38,6 +38,8 @@ class Pending:
     deadline: float
     restored: bool = False
     """Asked before this process, or this worker, started."""
+    previous: int | None = None
+    """What the alias `previous` named when it was asked."""
 
 
 class Reconciler:
@@ -92,7 +94,7 @@ class Reconciler:
         if number is None:
             self._without(workload)
         elif workload not in self._pending and self._handled.get(workload) != number and self._due(workload):
-            self._ask(workload, number)
+            self._ask(workload, number, named.get("previous"))
 
     def _without(self, workload: str) -> None:
         """No champion: say so once, and go on serving what serves."""
@@ -103,7 +105,7 @@ class Reconciler:
             del self._handled[workload]
             logger.warning("%s has no champion any more; version %s goes on serving.", workload, serving.version)
 
-    def _ask(self, workload: str, number: int) -> None:
+    def _ask(self, workload: str, number: int, previous: int | None) -> None:
         """Fetch, check, and ask the worker for it."""
         try:
             version = self.store.get(workload, number)
@@ -123,12 +125,12 @@ class Reconciler:
             workload, number, str(bundle.folder), uuid.uuid4().hex,
             fallback_version=before.version, fallback_folder=before.folder,
         )  # fmt: skip
-        self._wait_for(desired)
+        self._wait_for(desired, previous=previous)
         state.write(self.desired_folder, desired)
 
-    def _wait_for(self, desired: Desired, restored: bool = False) -> None:
+    def _wait_for(self, desired: Desired, restored: bool = False, previous: int | None = None) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        self._pending[desired.workload] = Pending(desired, max(self.starts(), 1), deadline, restored)
+        self._pending[desired.workload] = Pending(desired, max(self.starts(), 1), deadline, restored, previous)
 
     def _settle(self, pending: Pending) -> None:
         """Act on the worker's answer, when there is one."""
@@ -152,7 +154,7 @@ class Reconciler:
             self._report(workload, number, f"serving since {reached.since}, replaced version {reached.replaced}")
             self._report(workload, reached.replaced, f"replaced by version {number} at {reached.since}")
             if not pending.restored:
-                self._keep_previous(workload, number, reached.replaced)
+                self._keep_previous(pending, reached.replaced)
         self._done(pending)
 
     def _refuse(self, pending: Pending, reason: str) -> None:
@@ -173,12 +175,14 @@ class Reconciler:
         self._handled[pending.desired.workload] = pending.desired.version or 0
         del self._pending[pending.desired.workload]
 
-    def _keep_previous(self, workload: str, number: int, replaced: int) -> None:
-        """Whoever moved the champion, the way back leads to the version that answered before; unless the champion has
-        moved on, which is another swap with another way back."""
+    def _keep_previous(self, pending: Pending, replaced: int) -> None:
+        """Whoever moved the champion, the way back leads to the version that answered before; unless an alias has moved
+        since, which somebody did on purpose."""
+        workload = pending.desired.workload
         try:
             named = aliases(self.store).get(workload, {})
-            if named.get("champion") == number and named.get("previous") != replaced:
+            unmoved = named.get("champion"), named.get("previous")
+            if unmoved == (pending.desired.version, pending.previous) and replaced != pending.previous:
                 self.store.move(workload, "previous", replaced)
         except RegistryError as error:
             logger.warning("The alias previous of %s could not be set: %s", workload, error)
