@@ -16,6 +16,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.names import run_name
 from flows.site import Site, now_of
 from noria.errors import DataError
 from noria.lake import Lake
@@ -27,9 +28,15 @@ from registry.store import Store
 from training.score import score
 
 
-@flow(name="batch", flow_run_name="batch {now}", persist_result=True)
+@flow(name="batch", flow_run_name=run_name, persist_result=True)
 def batch(workload: str, source: str | None = None, now: str | None = None) -> dict[str, Any]:
-    """Score `source` (a Parquet file) or, without one, the lake's records of the window that ends `now`."""
+    """Score a Parquet file or, without one, the lake's newest records.
+
+    Args:
+        workload: import string, as module:NAME.
+        source: path of a Parquet file with the raw columns; None for the lake's records of the window that ends `now`.
+        now: ISO time; None for the clock, or for the end of a recorded stream.
+    """
     site, contract = Site.here(), load(workload)
     end = now_of(contract, now)
     store = Store(site.address("mlflow_uri"))

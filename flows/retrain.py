@@ -16,6 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from flows.names import run_name
 from flows.site import Site, now_of
 from flows.watch import RETRAIN
 from monitoring.drift import calibrate
@@ -37,11 +38,15 @@ WEIGHTS = "weights.npz"
 """Artifact of a run: what a warm start begins with."""
 
 
-@flow(name="retrain", flow_run_name="{reason} {now}", persist_result=True)
+@flow(name="retrain", flow_run_name=run_name, persist_result=True)
 def retrain(workload: str, now: str | None = None, reason: str = "manual", because: str = "") -> dict[str, Any]:
-    """Train, register and judge a candidate of a workload (import string) on what is known at `now` (ISO time).
+    """Train, register and judge a candidate on what is known at `now`.
 
-    `reason` is one of initial, quality, drift, age, probation, manual; `because` says it in sentences.
+    Args:
+        workload: import string, as module:NAME.
+        now: ISO time; None for the clock, or for the end of a recorded stream.
+        reason: initial, quality, drift, age, probation or manual; the policy goes by it afterwards.
+        because: the same in sentences, for people.
     """
     site, contract = Site.here(), load(workload)
     end = now_of(contract, now)
@@ -209,6 +214,7 @@ def act(store: Store, version: Version, verdict: Verdict, reason: str, now: date
             "noria.asked_because": reason,
         },
     )
+    get_run_logger().info("version %d %s: %s", version.number, verdict.action, " ".join(verdict.reasons))
     if verdict.action == "promoted":
         promote(store, version, reason=reason, now=now)
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from prefect import tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
+from flows import links
 from flows.live import STYLES, LiveView
 from flows.site import Site, read_state
 from flows.traffic import Answered, Traffic
@@ -122,7 +124,8 @@ class Turn:
             self.traffic.settle()
         view.say(f"{named}: watching")
         before = self._runs()
-        with self.timer.stage("watch"):
+        # Tagged as a deployment's run is, so that people find it in Prefect and on the home page.
+        with self.timer.stage("watch"), tags("noria", self.workload.name):
             outcome = watch(workload=self.path, now=window.end.isoformat())
         self._record(window, answered, outcome, view)
         if outcome["decision"] == "retrain":
@@ -146,12 +149,12 @@ class Turn:
         end = max(self.answered)
         window = Window(self.begin or end - self.delay, end)
         services = read_state(self.site.settings.root).get("services", {})
-        shown = {
-            "home": "home",
-            "Prefect": "prefect",
-            "MLflow": "mlflow",
-            "Evidently": "evidently",
-            "server": "serving",
+        pages = {
+            "home": services["home"]["url"] if "home" in services else "",
+            "Prefect": links.deployments(self.site),
+            "MLflow": links.model(self.site, self.workload.name),
+            "Evidently": links.dashboard(self.site, self.workload.name),
+            "server": f"{self.site.settings.serving_url}/docs",
         }
         return {
             "workload": self.workload.name,
@@ -169,7 +172,7 @@ class Turn:
             "requests": self.traffic.counts(),
             "predictions_logged": len(lake.predictions(window)),
             "labels_joined": len(lake.judged(window, end + self.delay)),
-            "addresses": {label: services[name]["url"] for label, name in shown.items() if name in services},
+            "addresses": {label: page for label, page in pages.items() if page},
             "versions": {name: _installed(name) for name in PACKAGES if _installed(name)},
         }  # fmt: skip
 

@@ -10,10 +10,13 @@ import json
 from datetime import datetime
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows import links
+from flows.findings import markdown
+from flows.names import run_name
 from flows.requests import ask, retrain_is_running
 from flows.site import Site, now_of
 from monitoring.policy import ALARMS, Evidence, decide
@@ -30,9 +33,14 @@ RETRAIN = "noria.retrain"
 """Note on a workload: the last retrain and what became of it."""
 
 
-@flow(name="watch", flow_run_name="watch {now}", persist_result=True)
+@flow(name="watch", flow_run_name=run_name, persist_result=True)
 def watch(workload: str, now: str | None = None) -> dict[str, Any]:
-    """Judge the champion of a workload (import string) on the window that ends `now` (ISO time; default: the clock)."""
+    """Judge the champion on the window that ends `now`.
+
+    Args:
+        workload: import string, as module:NAME.
+        now: ISO time; None for the clock, or for the end of a recorded stream.
+    """
     site, contract = Site.here(), load(workload)
     end = now_of(contract, now)
     store = Store(site.address("mlflow_uri"))
@@ -41,9 +49,9 @@ def watch(workload: str, now: str | None = None) -> dict[str, Any]:
         reason = f"{contract.name} has no champion yet; train one with `noria train {contract.name}`."
         return {"verdict": "unknown", "decision": "unknown", "reasons": [reason], "version": None}
     seen = observe_champion(site, store, contract, champion, end)
-    publish_report(site, seen)
+    page = publish_report(site, seen)
     decision = apply_policy(store, contract, champion, seen.report, end)
-    tell(store, champion, seen.report, decision)
+    tell(site, store, champion, seen=seen, decision=decision, page=page)
     if decision.action == "retrain":
         ask(contract.name, decision.cause, " ".join(decision.reasons), end)
     return {
@@ -63,9 +71,9 @@ def observe_champion(site: Site, store: Store, workload: Workload, champion: Ver
 
 
 @task(name="publish to Evidently", cache_policy=NO_CACHE)
-def publish_report(site: Site, seen: Observation) -> None:
-    """Add the report to the workspace behind the dashboards."""
-    publish(seen, site.settings.evidently)
+def publish_report(site: Site, seen: Observation) -> str:
+    """Add the report to the workspace behind the dashboards; returns its page below Evidently's address."""
+    return publish(seen, site.settings.evidently)
 
 
 @task(name="decide", cache_policy=NO_CACHE)
@@ -91,41 +99,28 @@ def _known(reason: str) -> Any:
 
 
 @task(name="tell", cache_policy=NO_CACHE)
-def tell(store: Store, champion: Version, report: DriftReport, decision: Decision) -> None:
-    """Leave the verdict where people look: on the version in MLflow, and as an artifact of this run."""
+def tell(site: Site, store: Store, champion: Version, *, seen: Observation, decision: Decision, page: str) -> None:
+    """Leave the verdict where people look: on the version in MLflow, and in the log and an artifact of this run."""
+    report, log = seen.report, get_run_logger()
     said = {
         "verdict": report.verdict,
         "decision": decision.action,
         "window_end": report.window.end.isoformat(),
         "rows": report.rows,
         "reasons": list(decision.reasons),
+        "page": page,
     }
     store.tag(champion, {SEEN: json.dumps(said)})
-    key = f"watch-{report.workload}".replace("_", "-")
-    create_markdown_artifact(markdown(report, decision), key=key, description="What the last watch saw and decided")
-
-
-def markdown(report: DriftReport, decision: Decision) -> str:
-    """The evidence and the decision, for the Prefect UI."""
-    lines = [
-        f"# {report.workload}: {report.verdict} → {decision.action}",
-        f"Version {report.version}, {report.rows:,} predictions in {report.window}.",
-        "",
-        *(f"- {reason}" for reason in decision.reasons),
-    ]
-    drifts = [*report.columns, *([report.prediction] if report.prediction else [])]
-    if drifts:
-        lines += [
-            "",
-            "| column | distance | threshold | drifted | missing | missing in reference |",
-            "|---|--:|--:|---|--:|--:|",
-        ]
-        lines += [
-            f"| {one.column} | {one.distance:.3f} | {one.threshold:.3f} | {'**yes**' if one.drifted else 'no'} "
-            f"| {one.missing:.1%} | {one.missing_reference:.1%} |"
-            for one in drifts
-        ]
-    if report.quality:
-        lines += ["", "| on labelled rows | value |", "|---|--:|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in report.quality.metrics.items()]
-    return "\n".join(lines)
+    log.info("%s: %s, so %s", report.workload, report.verdict, decision.action)
+    for reason in decision.reasons:
+        log.info(reason)
+    found = {
+        "the report with every column": links.evidently(site, page),
+        "the dashboard over time": links.dashboard(site, report.workload),
+        f"version {report.version} in MLflow": links.model(site, report.workload, report.version),
+    }
+    create_markdown_artifact(
+        markdown(report, decision, unit=seen.workload.unit, links=found),
+        key=f"watch-{report.workload}".replace("_", "-"),
+        description="What the last watch saw and decided",
+    )

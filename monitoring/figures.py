@@ -25,7 +25,7 @@ from evidently.metrics.column_statistics import ValueDrift, ValueDriftCalculatio
 
 from monitoring.binning import SCORE, Binning
 from monitoring.window import Observation
-from noria.records import ColumnDrift, DriftReport
+from noria.records import ColumnDrift, DriftReport, Window
 
 ROWS = 1000
 """Rows of the frames that Evidently sees: shares to a tenth of a percent, whatever the window holds."""
@@ -87,7 +87,7 @@ def run(observation: Observation) -> Snapshot:
             *frames,
             additional_data={"figures": numbers},
             timestamp=report.window.end.replace(tzinfo=None),
-            name=f"{report.workload} version {report.version}, {report.window}",
+            name=f"{report.workload} version {report.version}, {between(report.window)}",
         )
     finally:
         _verdicts.reset(token)
@@ -99,6 +99,8 @@ def figures(report: DriftReport) -> dict[tuple[str, str], float]:
     compared = [*report.columns, *([report.prediction] if report.prediction else [])]
     if compared:
         found["drifted share", ""] = sum(one.drifted for one in compared) / len(compared)
+        # A line to hold the columns' drift against.
+        found["limit", ""] = 1.0
         found["missing share", ""] = float(np.mean([one.missing for one in report.columns] or [0.0]))
         found |= {("missing", one.column.partition(" (")[0]): one.missing for one in report.columns}
     if report.prediction:
@@ -114,6 +116,14 @@ def figures(report: DriftReport) -> dict[tuple[str, str], float]:
             found["reference relative error", ""] = quality.reference_relative
     found["broken rows", ""] = sum(report.violations.values())
     return {key: float(value) for key, value in found.items() if np.isfinite(value)}
+
+
+def between(window: Window) -> str:
+    """A window as people write it; midnights without their hour."""
+    first, last = f"{window.start:%Y-%m-%d %H:%M}", f"{window.end:%Y-%m-%d %H:%M}"
+    if first.endswith("00:00") and last.endswith("00:00"):
+        first, last = first[:10], last[:10]
+    return f"{first} to {last}"
 
 
 def shown(column: str) -> str:

@@ -21,7 +21,7 @@ from evidently.legacy.renderers.html_widgets import (
     text_widget,
 )
 
-from monitoring.figures import shares, shown
+from monitoring.figures import between, shares, shown
 from monitoring.window import Observation
 from noria.records import ColumnDrift, Interval, Quality
 
@@ -43,7 +43,8 @@ def page(observation: Observation) -> list[BaseWidgetInfo]:
         header_text(label=TITLES[report.verdict]),
         counter(counters=_counters(observation, drifts)),
         text_widget(
-            title=f"{report.workload} version {report.version}, {report.window} UTC", text="\n\n".join(report.reasons)
+            title=f"{report.workload} version {report.version}, {between(report.window)} UTC",
+            text="\n\n".join(report.reasons),
         ),
     ]
     if report.quality:
@@ -89,7 +90,7 @@ def _columns(observation: Observation, drifts: list[ColumnDrift]) -> BaseWidgetI
     ordered = sorted(drifts, key=lambda one: -one.distance / one.threshold)
     options = {"xField": "x", "yField": "y"}
     return rich_table_data(
-        title="Prediction and columns beside the reference (open a row to see its categories)",
+        title="Prediction and columns beside the rows that this version was trained on (open one for its categories)",
         rows_per_page=50,
         columns=[
             ColumnDefinition("Column", "column"),

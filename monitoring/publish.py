@@ -18,11 +18,9 @@ from evidently.ui.storage.local.base import LocalState
 
 from monitoring.figures import run
 from monitoring.page import page
+from monitoring.project import project_of
 from monitoring.window import Observation
 from noria.workload import Workload
-
-NAMESPACE = uuid.UUID("6f1b3c52-7a0e-5d3b-9a57-0d6a6e6f7269")
-"""Projects are found by an id made from the workload's name, so that two writers cannot make two."""
 
 
 def publish(observation: Observation, workspace: Path) -> str:
@@ -42,7 +40,7 @@ def publish(observation: Observation, workspace: Path) -> str:
 
 def ensure_project(workload: Workload, workspace: Path) -> uuid.UUID:
     """The workload's project, made with its dashboard when it is not there; returns its id."""
-    project = uuid.uuid5(NAMESPACE, workload.name)
+    project = project_of(workload.name)
     target = workspace / str(project)
     if target.exists():
         return project
@@ -83,7 +81,7 @@ def dashboard(workload: Workload) -> DashboardModel:
     """The panels of a workload's project."""
     unit = f" ({workload.unit})" if workload.unit else ""
     panels = [
-        _counter("Error, newest window", "error", f"mean row error of answers whose labels have arrived{unit}"),
+        _counter("Error, newest labels", "error", f"mean row error{unit}, newest window with labels"),
         _counter("Rows, newest window", "rows", "predictions logged"),
         _line(f"Error{unit}", "by labels that have arrived; reference: the test part of the version's own training",
               ("error", "error"), ("reference", "reference error"), size="full"),
@@ -97,7 +95,7 @@ def dashboard(workload: Workload) -> DashboardModel:
               ("predictions", "rows"), ("judged", "labelled rows")),
         _line("Bias", "mean residual; 0 is unbiased, above 0 the truth lies above the prediction",
               ("bias", "bias"), ("reference", "reference bias")),
-        _line("Model version", "the version that was serving at the window's end", ("version", "version"), size="full"),
+        _bars("Model version", "the version that was serving at the window's end", ("version", "version"), size="full"),
     ]  # fmt: skip
     return DashboardModel(tabs=[DashboardTabModel(title="Watch", panels=[one.id for one in panels])], panels=panels)
 
@@ -114,14 +112,14 @@ def _line(title: str, description: str, *series: tuple[str, str], size: str = "h
     return line_plot_panel(title, [_figure(*one) for one in series], description=description, size=size)
 
 
-def _bars(title: str, description: str, *series: tuple[str, str]) -> DashboardPanelPlot:
-    return bar_plot_panel(title, [_figure(*one) for one in series], description=description, size="half")
+def _bars(title: str, description: str, *series: tuple[str, str], size: str = "half") -> DashboardPanelPlot:
+    return bar_plot_panel(title, [_figure(*one) for one in series], description=description, size=size)
 
 
 def _drift_by_column() -> DashboardPanelPlot:
-    metric = PanelMetric(legend="{{column}}", metric="CalibratedDrift", metric_labels={})
-    description = "distance / calibrated threshold; above 1 is drift"
-    return line_plot_panel("Drift by column", [metric], description=description)
+    columns = PanelMetric(legend="{{column}}", metric="CalibratedDrift", metric_labels={})
+    description = "distance / calibrated threshold; above the limit, 1, is drift"
+    return line_plot_panel("Drift by column", [columns, _figure("limit", "limit")], description=description)
 
 
 def _missing_by_column() -> DashboardPanelPlot:

@@ -135,7 +135,7 @@ def _verdict(
         return "unknown", ("This version has no reference to compare the window with.",)
     if drifted:
         return "drift", drifted
-    return "ok", ("The inputs and predictions are as far from the reference as its own periods are.",)
+    return "ok", ("The inputs and predictions are no further from the reference than its own periods are.",)
 
 
 def _faults(

@@ -29,6 +29,8 @@ from registry.transfer import download, has_manifest, is_cached, upload
 from registry.words import measure
 
 PREFIX = "noria."
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Experiment tag by which MLflow's UI shows runs with their losses, instead of guessing at language models."""
 
 
 class Store:
@@ -170,6 +172,12 @@ class Store:
                 raise
         return {name: _json(value) for name, value in tags.items() if name.startswith(PREFIX)}
 
+    def experiment(self, workload: str) -> str | None:
+        """The id of the experiment that holds the workload's runs; None when there was no run yet."""
+        with answered(self.uri, f"finding the runs of {workload}"):
+            found = self.client.get_experiment_by_name(workload)
+        return str(found.experiment_id) if found else None
+
     def describe(self, workload: str, text: str) -> None:
         """Replace the registered model's description (Markdown)."""
         with answered(self.uri, f"describing {workload}"):
@@ -225,7 +233,7 @@ class Store:
         if found is not None:
             return str(found.experiment_id)
         try:
-            return str(self.client.create_experiment(workload))
+            return str(self.client.create_experiment(workload, tags=KIND))
         except MlflowException as error:
             if not already_there(error):
                 raise
