@@ -18,9 +18,9 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterName,
     FlowRunFilter,
-    FlowRunFilterDeploymentId,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    FlowRunFilterTags,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
@@ -29,9 +29,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from flows import links
 from flows.site import Site, read_state
 from noria.errors import NoriaError
-from noria.workload import Workload, load
+from noria.records import moment
+from noria.workload import load
 from registry.store import Store
 
 LABELS = {"prefect": "Prefect", "mlflow": "MLflow", "evidently": "Evidently", "serving": "Server"}
@@ -42,13 +44,18 @@ PURPOSES = {
     "serving": "ask for predictions, read the API",
 }
 """What each UI is for, in a newcomer's words."""
+SHOWN = 4
+"""Runs of each list."""
+BEGUN = [StateType.RUNNING, StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
 
 
 def overview(site: Site) -> dict[str, Any]:
     """What the page shows, as plain data (also served as /overview.json)."""
     state = read_state(site.settings.root)
+    pages = {"prefect": links.deployments(site), "mlflow": links.models(site)}
     services = [
-        {"name": LABELS[name], "purpose": PURPOSES[name], **{key: entry[key] for key in ("url", "ready", "restarts")}}
+        {"name": LABELS[name], "purpose": PURPOSES[name], "page": pages.get(name, entry["url"])}
+        | {key: entry[key] for key in ("url", "ready", "restarts")}
         for name, entry in state.get("services", {}).items()
         if name in LABELS
     ]
@@ -65,51 +72,65 @@ def overview(site: Site) -> dict[str, Any]:
 def _workload(site: Site, store: Store, path: str) -> dict[str, Any]:
     try:
         workload = load(path)
-        champion = store.version(workload.name, "champion")
+        name = workload.name
+        champion = store.version(name, "champion")
         tags = dict(champion.tags) if champion else {}
-        mlflow, name = site.settings.mlflow_uri, workload.name
+        watch = json.loads(tags.get("noria.watch", "null"))
+        found = _runs(site, name)
+        pages = {
+            "versions and aliases": links.model(site, name) if champion else "",
+            "training runs": links.training_runs(site, store, name),
+            "dashboard": links.dashboard(site, name),
+            "try it": f"{site.settings.serving_url}/docs#{name}" if champion and site.settings.serving_url else "",
+        }
         return {
             "name": name,
             "champion": champion.number if champion else None,
-            "since": tags.get("noria.promoted_at", "")[:16].replace("T", " "),
-            "link": f"{mlflow}/#/models/{name}" + (f"/versions/{champion.number}" if champion else ""),
-            "watch": json.loads(tags.get("noria.watch", "null")),
-            "runs": _runs(workload),
+            "since": _show(moment(tags["noria.promoted_at"])) if "noria.promoted_at" in tags else "",
+            "error": tags.get("noria.error", ""),
+            "link": links.model(site, name, champion.number if champion else None),
+            "watch": watch,
+            "report": links.evidently(site, watch["page"]) if watch and "page" in watch else "",
+            "pages": {label: page for label, page in pages.items() if page},
+            "runs": found,
         }
     except NoriaError as error:
-        return {"name": path, "error": str(error)}
+        return {"name": path, "trouble": str(error)}
 
 
-def _runs(workload: Workload) -> dict[str, list[dict[str, str]]]:
-    """Last finished and next scheduled runs of the workload's deployments."""
-    ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+def _runs(site: Site, workload: str) -> dict[str, list[dict[str, str]]]:
+    """The workload's deployments, and its last and next runs."""
     with get_client(sync_client=True) as client:
-        named = DeploymentFilter(name=DeploymentFilterName(any_=[workload.name]))
-        deployments = {found.id: found for found in client.read_deployments(deployment_filter=named)}
-        if not deployments:
-            return {"last": [], "next": []}
-        flows = {found.id: client.read_flow(found.flow_id).name for found in deployments.values()}
+        flows = {found.id: found.name for found in client.read_flows()}
+        named = DeploymentFilter(name=DeploymentFilterName(any_=[workload]))
+        deployments = client.read_deployments(deployment_filter=named)
 
-        def runs(states: list[StateType], sort: FlowRunSort) -> list[FlowRun]:
+        def runs(states: list[StateType], sort: FlowRunSort) -> list[dict[str, str]]:
             wanted = FlowRunFilter(
-                deployment_id=FlowRunFilterDeploymentId(any_=list(deployments)),
+                tags=FlowRunFilterTags(all_=["noria", workload]),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
             )
-            return client.read_flow_runs(flow_run_filter=wanted, sort=sort, limit=3)
+            found = client.read_flow_runs(flow_run_filter=wanted, sort=sort, limit=SHOWN)
+            return [_run(site, run, flows.get(run.flow_id, "")) for run in found]
 
-        last = runs(ended, FlowRunSort.START_TIME_DESC)
-        following = runs([StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC)
-    return {"last": [_run(run, flows) for run in last], "next": [_run(run, flows) for run in following]}
+        return {
+            "deployments": [
+                {"flow": flows[one.flow_id], "page": links.deployment(site, one.id)}
+                for one in sorted(deployments, key=lambda one: flows[one.flow_id])
+            ],
+            "last": runs(BEGUN, FlowRunSort.START_TIME_DESC),
+            "next": runs([StateType.SCHEDULED], FlowRunSort.EXPECTED_START_TIME_ASC),
+        }
 
 
-def _run(run: FlowRun, flows: dict[Any, str]) -> dict[str, str]:
-    state = str(run.state.name) if run.state else ""
+def _run(site: Site, run: FlowRun, flow: str) -> dict[str, str]:
     when = run.end_time or run.start_time or run.expected_start_time
     return {
-        "flow": flows.get(run.deployment_id, ""),
-        "state": state,
+        "flow": flow,
+        "name": run.name,
+        "state": str(run.state.name) if run.state else "",
         "when": _show(when) if when else "",
-        "id": str(run.id),
+        "page": links.flow_run(site, run.id),
     }
 
 
@@ -126,9 +147,7 @@ def make_app(site: Site) -> Starlette:
             content = await asyncio.to_thread(overview, site.found())
         except NoriaError as error:
             return HTMLResponse(templates.get_template("home.html").render(problem=str(error)), status_code=503)
-        return HTMLResponse(
-            templates.get_template("home.html").render(**content, prefect=site.found().settings.prefect_url[:-4])
-        )
+        return HTMLResponse(templates.get_template("home.html").render(**content))
 
     async def data(_: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(overview, site.found()))
