@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from noria.records import Evaluation
 from registry.bundle import Contents, Facts
-from registry.words import ERRORS, TITLES, gained, measure
+from registry.words import ERRORS, METRICS, TITLES, gained, measure
 
 
 def model_card(contents: Contents) -> str:
     """The registered model: what it predicts, from what, and how to move it."""
     facts, schema = contents.facts, contents.schema
-    unit = f" ({facts.unit})" if facts.unit else ""
+    unit = f" ({facts.unit})" if facts.unit not in ("", schema.target) else ""
     predicts = f"Predicts **{schema.target}**{unit} from {len(schema.columns)} raw columns."
     lines = [f"{predicts} The error is the {ERRORS[facts.loss]}."]
     if facts.notes:
@@ -38,7 +38,7 @@ def version_card(contents: Contents) -> str:
     revision = str(contents.environment.get("revision", ""))
     if revision:
         lines.append(f"Code: `{revision[:12]}{'-dirty' if revision.endswith('-dirty') else ''}`.")
-    return "\n".join([*lines, "", *table(contents.evaluations)])
+    return "\n".join([*lines, "", *table(contents.evaluations), "", *meanings(contents.evaluations)])
 
 
 def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
@@ -64,6 +64,13 @@ def table(evaluations: Mapping[str, Evaluation]) -> list[str]:
         cells = [f"{found.metrics[name]:.3g}" if name in found.metrics else "" for name in names]
         lines.append(_row(TITLES.get(subject, subject), f"{found.rows:,}", *cells))
     return lines
+
+
+def meanings(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """What the abbreviations among the metrics stand for, as one line."""
+    names = dict.fromkeys(name for found in evaluations.values() for name in found.metrics)
+    explained = [f"`{name}`: {METRICS[name]}" for name in names if name in METRICS]
+    return [f"{'; '.join(explained)}."] if explained else []
 
 
 def _row(*cells: str) -> str:

@@ -15,6 +15,14 @@ ERRORS = {
     "log_loss": "log loss",
     "brier": "Brier score",
 }
+METRICS = {
+    "mae": "mean absolute error",
+    "rmse": "root of the mean squared error",
+    "wape": "sum of errors / sum of truths",
+    "auc": "area under the ROC curve",
+    "mean_residual": "above 0 the truth lies above the prediction",
+    "residual_spread": "standard deviation of the residual",
+}
 
 
 def measure(value: float, unit: str = "") -> str:
