@@ -256,13 +256,14 @@ def down(site: Site, patience: float = 60.0) -> bool:
         return False
     pid = int(read_state(home).get("pid", 0))
     try:
-        process = psutil.Process(pid)
-        process.send_signal(signal.SIGTERM)
-        process.wait(patience)
+        psutil.Process(pid).send_signal(signal.SIGTERM)
     except psutil.NoSuchProcess:
         return False
-    except psutil.TimeoutExpired:
-        raise ServiceError(
-            f"The stack (process {pid}) did not stop within {patience:.0f} s; see {home / 'logs'}."
-        ) from None
+    # Its lock, not its process: in a container whose first process collects nothing, an ended process stays listed.
+    deadline = time.monotonic() + patience
+    while (held := lock(home)) is None:
+        if time.monotonic() > deadline:
+            raise ServiceError(f"The stack (process {pid}) did not stop within {patience:.0f} s; see {home / 'logs'}.")
+        time.sleep(0.1)
+    held.close()
     return True

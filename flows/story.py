@@ -47,7 +47,8 @@ def render(story: Story, picture: bytes) -> str:
 
 def summarise(story: Story) -> dict[str, Any]:
     """The figures that the headline states, computed from the weeks."""
-    changed = [week for week in story["weeks"] if week["week_end"] >= _first_serving(story)]
+    after = _first_serving(story)
+    changed = [week for week in story["weeks"] if after and week["week_end"] >= after]
     promoted = [retrain for retrain in story["retrains"] if retrain["verdict"] == "promoted"]
     alarms = [week for week in story["weeks"] if week["decision"] == "retrain"]
     return {
@@ -58,7 +59,7 @@ def summarise(story: Story) -> dict[str, Any]:
         "loop": mean_error(story["weeks"], "loop_error"),
         "frozen_after": mean_error(changed, "frozen_error"),
         "loop_after": mean_error(changed, "loop_error"),
-        "after": _first_serving(story) if promoted else None,
+        "after": after,
     }
 
 
@@ -68,9 +69,10 @@ def mean_error(weeks: list[dict[str, Any]], which: str) -> float | None:
     return sum(week[which] * week["rows"] for week in weeks if week["rows"]) / rows if rows else None
 
 
-def _first_serving(story: Story) -> str:
+def _first_serving(story: Story) -> str | None:
+    """Day of the first answer by a retrained model; None while there was none."""
     served = [retrain["serving_from"] for retrain in story["retrains"] if retrain["serving_from"]]
-    return min(served)[:10] if served else "9999"
+    return min(served)[:10] if served else None
 
 
 def draw(story: Story) -> Figure:

@@ -117,10 +117,18 @@ class Traffic:
 
     def _wait(self, done: Callable[[], bool], patience: float, sentence: str) -> None:
         deadline = time.monotonic() + patience
-        while not done():
+        while not self._quietly(done):
             if time.monotonic() > deadline:
                 raise ServiceError(f"{sentence} ({patience:.0f} s); see logs/serving.log.")
             time.sleep(0.05)
+
+    @staticmethod
+    def _quietly(done: Callable[[], bool]) -> bool:
+        """`done()`; false while the server does not answer, for example because it is being restarted."""
+        try:
+            return done()
+        except httpx.HTTPError:
+            return False
 
 
 def _missing(value: Any) -> bool:
