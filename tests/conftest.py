@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pyarrow as pa
 import pytest
 from onnx import TensorProto, helper
 
 from flows.site import Site
-from flows.stack import down, up
+from flows.stack import down
 from noria.decision import Band, Bands
 from noria.metrics import evaluate
 from noria.options import TrainingOptions
@@ -197,11 +198,23 @@ def sent_parcels() -> Callable[..., pa.Table]:
     return make
 
 
+def processes_of(home: Path) -> list[str]:
+    """Commands of the processes that belong to a home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("NORIA_HOME") == str(home) and process.pid != os.getpid():
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
 @pytest.fixture(scope="session")
-def site() -> Iterator[Site]:
+def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     """One running stack for the whole session, with the workload of tests/stream as its only one. Starts in 30-60 s.
 
-    Tests share it: leave it as you found it (schedules, aliases), and end nothing of it.
+    Tests share it: leave it as you found it (schedules, aliases, processes). Its home is kept when a test failed.
     """
     # Short: Ray and the warm engine keep Unix sockets in it, whose paths are limited.
     home = Path(tempfile.mkdtemp(prefix="noria-test-"))
@@ -209,20 +222,31 @@ def site() -> Iterator[Site]:
         for name in [name for name in os.environ if name.startswith(("NORIA_", "PREFECT_", "MLFLOW_", "RAY_"))]:
             patch.delenv(name)
         patch.setenv("PYTHONPATH", str(STREAM))
-        patch.syspath_prepend(STREAM)
         asked = Site(Settings(home=home, workloads="ferry:WORKLOAD", ingest=False))
         try:
-            yield up(asked, patience=240)
+            # By a process that ends, as `noria up` does: the stack must outlive whoever asked for it.
+            start = "from flows.site import Site; from flows.stack import up; up(Site.here(), patience=240)"
+            environment = {**os.environ, **asked.forwarded()}
+            subprocess.run([sys.executable, "-c", start], env=environment, check=True, timeout=300)
+            yield asked.found()
         finally:
             down(asked, patience=120)
-    shutil.rmtree(home)
+            left = processes_of(home)
+            assert not left, f"`down` left processes behind: {left}"
+    if not request.session.testsfailed:
+        shutil.rmtree(home)
 
 
 @pytest.fixture(scope="session")
 def stack_environment(site: Site) -> dict[str, str]:
     """The environment in which a person would run commands beside the stack."""
-    api = {"PREFECT_API_URL": site.settings.prefect_url, "PREFECT_HOME": str(site.settings.root / "prefect")}
-    return {**os.environ, **site.forwarded(), **api, "PYTHONPATH": str(STREAM), "DO_NOT_TRACK": "1", "COLUMNS": "200"}
+    prefect = {
+        "PREFECT_API_URL": site.settings.prefect_url,
+        "PREFECT_HOME": str(site.settings.root / "prefect"),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    }
+    here = {"NORIA_HOME": str(site.settings.root), "NORIA_WORKLOADS": "ferry:WORKLOAD", "NORIA_INGEST": "False"}
+    return {**os.environ, **here, **prefect, "PYTHONPATH": str(STREAM), "DO_NOT_TRACK": "1", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="session")
@@ -236,3 +260,16 @@ def finished_loop(site: Site, stack_environment: dict[str, str]) -> dict[str, An
     assert lived.returncode == 0, lived.stderr[-5000:]
     story: dict[str, Any] = json.loads(lived.stdout)
     return story
+
+
+@pytest.fixture(scope="session")
+def noria(stack_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a `noria` command beside the stack, as a person would."""
+    command = str(Path(sys.executable).with_name("noria"))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [command, *arguments], env=stack_environment, capture_output=True, text=True, timeout=600, check=False
+        )
+
+    return run
