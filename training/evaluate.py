@@ -76,7 +76,7 @@ class Boosted:
                 loss="squared_error" if workload.loss == "squared_error" else "absolute_error", **options
             )
         target = np.log(labels) if link == "exp" else labels
-        # Half the cores: training runs beside, and OpenMP's threads spin away whole seconds when they must share a core.
+        # Half the cores: training runs beside, and OpenMP's threads spin whole seconds away when they share a core.
         with threadpool_limits(max(1, (os.cpu_count() or 2) // 2), "openmp"):
             model.fit(table[:, columns], target)
         return cls(model, inputs, columns, words, link)

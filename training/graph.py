@@ -21,11 +21,15 @@ IR = 10
 TYPES = {"number": TensorProto.FLOAT, "integer": TensorProto.INT64, "timestamp": TensorProto.INT64,
          "string": TensorProto.STRING, "text": TensorProto.STRING}  # fmt: skip
 DAY, WEEK = 86_400, 604_800
+ZERO = helper.make_tensor("zero", TensorProto.INT64, [1], [0])
 CLIP = 8.0
 """Standardised numbers are cut at this many deviations: a wild value must not carry the score away."""
-BLANKS = {"\n": 16, "\r": 2, "\t": 2}
-"""White space that StringSplit does not split at, and into how many pieces each may cut what stands between two spaces;
-the rest stays glued. The limits bound the memory that a hostile text can ask for."""
+BLANKS = ("\n", "\r", "\t")
+"""White space that StringSplit does not split at; it is made a space first."""
+PIECES = 256
+"""Blanks of one kind that are seen in a text; what lies behind them stays glued. A power of two. The limit, and that
+pieces are joined again before the next split, bound what a hostile text can ask for: memory grows with the sum of
+blanks and words, not with their product."""
 
 
 class Builder:
@@ -38,13 +42,13 @@ class Builder:
     def constant(self, value: Any, kind: Any) -> str:
         """A constant tensor."""
         name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(value, kind), name))
+        self.constants.append(numpy_helper.from_array(np.array(value, kind), name))
         return name
 
     def node(self, operator: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
         """A node; returns its first output, `name` or one made up. A second one is called `<first>_second`."""
         name = name or f"t{len(self.nodes)}"
-        outputs = [name, f"{name}_second"] if operator in ("StringSplit", "TopK") else [name]
+        outputs = [name, f"{name}_second"] if operator == "StringSplit" else [name]
         self.nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
         return name
 
@@ -102,32 +106,42 @@ def clock(build: Builder, raw: str, names: tuple[str, str, str]) -> None:
 
 
 def tokens(build: Builder, raw: str, words: int) -> str:
-    """string [n] to lower-cased (ASCII) words in reading order: string [n, k, ...], k <= words, "" where there is none.
-
-    Split at spaces first: the other blanks then cost memory only where a text has them.
-    """
-    lower = build.node("StringNormalizer", raw, case_change_action="LOWER", locale="C")
-    pieces = build.node("StringSplit", lower, maxsplit=words)
+    """string [n] to lower-cased (ASCII) words in reading order: string [n, k], k <= words, "" behind the last."""
+    text = build.node("StringNormalizer", raw, case_change_action="LOWER", locale="C")
+    for blank in BLANKS:
+        text = _spaced(build, text, blank)
+    pieces = build.node("StringSplit", text, maxsplit=words)
     start, end, axis = (build.constant([value], np.int64) for value in (0, words, 1))
-    pieces = build.node("Slice", pieces, start, end, axis)  # behind them: the unread rest, in one piece
-    for blank, most in BLANKS.items():
-        pieces = build.node("StringSplit", pieces, delimiter=blank, maxsplit=most - 1)
-    return pieces
+    return build.node("Slice", pieces, start, end, axis)  # behind them: the unread rest, in one piece
+
+
+def _spaced(build: Builder, text: str, blank: str) -> str:
+    """string [n] with every `blank` (the first PIECES - 1 of them) replaced by a space.
+
+    ONNX has no replace: split, fill up to PIECES, and join neighbours pair by pair until one is left.
+    """
+    pieces = build.node("StringSplit", text, delimiter=blank, maxsplit=PIECES - 1)
+    rows = build.node("Shape", text)
+    nothing = build.node(
+        "Gather", build.constant([[""] * PIECES], object), build.node("ConstantOfShape", rows, value=ZERO)
+    )
+    every, axis, last = build.constant([2], np.int64), build.constant([1], np.int64), build.constant([PIECES], np.int64)
+    filled = build.node("Concat", pieces, nothing, axis=1)
+    first, second = build.constant([0], np.int64), build.constant([1], np.int64)
+    filled = build.node("Slice", filled, first, last, axis)
+    space = build.constant(" ", object)
+    for _ in range(PIECES.bit_length() - 1):
+        left, right = (build.node("Slice", filled, start, last, axis, every) for start in (first, second))
+        filled = build.node("StringConcat", build.node("StringConcat", left, space), right)
+    return build.node("Squeeze", filled, axis)
 
 
 def words(build: Builder, raw: str, name: str, *, known: list[str], width: int) -> str:
     """string [n] to word ids int64 [n, width]: 0 behind the last word, 1 unknown, 2... the known words."""
-    ids = build.node("Flatten", levels(build, tokens(build, raw, width), "", known=known, text=True), axis=1)
-    zero, one = build.constant(0, np.int64), build.constant(1, np.int64)
-    ids = build.node("Pad", ids, build.constant([0, 0, 0, width], np.int64), zero)
-    # Real words first, in reading order: sort by position, empty ones behind all.
-    size = build.node("Squeeze", build.node("Shape", ids, start=1, end=2))
-    position = build.node("Range", zero, size, one)
-    behind = build.node("Where", build.node("Equal", ids, zero), build.constant(1 << 40, np.int64), zero)
-    order = build.node(
-        "TopK", build.node("Add", behind, position), build.constant([width], np.int64), axis=1, largest=0
-    )
-    return build.node("GatherElements", ids, f"{order}_second", name=name, axis=1)
+    ids = levels(build, tokens(build, raw, width), "", known=known, text=True)
+    ids = build.node("Pad", ids, build.constant([0, 0, 0, width], np.int64), build.constant(0, np.int64))
+    start, end, axis = (build.constant([value], np.int64) for value in (0, width, 1))
+    return build.node("Slice", ids, start, end, axis, name=name)
 
 
 def finish(build: Builder, inputs: dict[str, str], outputs: dict[str, tuple[int, list[Any]]]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def connect(address: str | None = None, cpus: int = 2) -> None:
     """Join the Ray at `address`, or start one for this process: loopback only, token, no dashboard. Once a process.
 
     Raises:
-        TrainingError: there is no Ray at the address.
+        TrainingError: there is no Ray at the address, or none can be started.
     """
     if ray.is_initialized():
         return
@@ -55,13 +56,25 @@ def connect(address: str | None = None, cpus: int = 2) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise TrainingError(
                 f"No Ray answers at {address} ({error}); start it or correct NORIA_RAY_ADDRESS."
             ) from None
         return
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except Exception as error:  # Ray raises bare ones here, for example after 30 s on a machine that is busy
+        ray.shutdown()
+        raise TrainingError(f"Ray did not start on this machine ({error}); try again when it is less busy.") from error
+
+
+def _knock(address: str) -> None:
+    """Ray itself waits for minutes for an address where nothing listens. Raises OSError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _prepare_environment(address: str | None) -> None:

@@ -141,12 +141,12 @@ def _words(name: str, values: np.ndarray, width: int) -> Counter[str]:
     """In how many texts each word occurs, by the graph's own splitting."""
     build = graph.Builder()
     made = graph.tokens(build, name, width)
-    shape = ["rows", "words", *(f"pieces_{index}" for index in range(len(graph.BLANKS)))]
-    session = open_session(graph.finish(build, {name: "text"}, {made: (TensorProto.STRING, shape)}), "cpu")
+    described = (TensorProto.STRING, ["rows", "words"])
+    session = open_session(graph.finish(build, {name: "text"}, {made: described}), "cpu")
     counts: Counter[str] = Counter()
     for start in range(0, len(values), CHUNK):
         for row in run_all(session, {name: values[start : start + CHUNK]})[made]:
-            counts.update(set(row.ravel()))
+            counts.update(set(row))
     counts.pop("", None)
     return counts
 
