@@ -41,9 +41,9 @@ class LiveView:
         if self.console.is_terminal:
             self.live.stop()
 
-    def say(self, sentence: str) -> None:
-        """What goes on now."""
-        if not self.console.is_terminal and sentence != self.now.plain:
+    def say(self, sentence: str, *, long: bool = False) -> None:
+        """What goes on now; where there is no terminal to redraw, only what takes `long` is worth a line."""
+        if long and not self.console.is_terminal:
             self.console.print(f"… {sentence}", highlight=False)
         self.now = Text(sentence)
 

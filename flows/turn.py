@@ -81,7 +81,7 @@ class Turn:
 
     def first_model(self, window: Window, view: LiveView) -> None:
         """Train, gate, promote and serve the first version."""
-        view.say(f"training the first model on {window.start:%Y-%m} to {window.end - timedelta(days=1):%Y-%m}")
+        view.say(f"training the first model on {window.start:%Y-%m} to {window.end - timedelta(days=1):%Y-%m}", long=True)
         with self.timer.stage("first model"):
             request = Request(window.end, "initial", self._runs())
             run_deployment(
@@ -203,7 +203,7 @@ class Turn:
     def _trickle(self, rows: pa.Table, window: Window, answered: Answered, view: LiveView) -> pa.Table:
         """Answer the first day's requests one by one while the retrain goes on; returns the rows still to be sent."""
         assert self.pending is not None
-        view.say(f"{window.start:%Y-%m-%d}: retraining, while requests go on")
+        view.say(f"{window.start:%Y-%m-%d}: retraining, while requests go on", long=True)
         days = (window.end - window.start).days
         first_day, done = max(1, len(rows) // days), 0
         pause = max(0.1, SPREAD / first_day)
