@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ class Engine:
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            # As Python would have: this process never returns to where it is printed.
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
