@@ -47,11 +47,11 @@ def batch(workload: str, source: str | None = None, now: str | None = None) -> d
     lake = site.lake(contract)
     rows = read(contract, lake, source, end)
     scored = score_rows(bundle, rows, site.settings.ray_address or None)
-    named = name_rows(scored, contract, champion.number, end)
+    # The name makes a repeat a no-op: the same rows, version and time are logged once.
+    name = batch_name(rows, champion.number, end)
+    named = name_rows(scored, name)
     folder = Path(source).absolute().parent if source else site.settings.root / "batch"
     output = write(named, folder / f"{Path(source).stem if source else contract.name}-scored.parquet")
-    # The batch's name makes a repeat a no-op: the same source, version and time are logged once.
-    name = (f"batch:{source or 'lake'}:{champion.number}", int(end.timestamp()))
     log_predictions(lake, named, contract, version=champion.number, batch=name)
     summary = {"rows": len(named), "version": champion.number, "output": str(output)}
     create_table_artifact(
@@ -85,10 +85,19 @@ def score_rows(bundle: Bundle, rows: pa.Table, ray_address: str | None) -> pa.Ta
     return scored.append_column("action", pa.array(bundle.bands.actions(scores), pa.string()))
 
 
-def name_rows(scored: pa.Table, workload: Workload, version: int, end: datetime) -> pa.Table:
-    """Give each row a prediction id that depends on its content and place: scoring the same again names it the same."""
-    digest = hashlib.sha256(f"{workload.name} {version} {end.isoformat()}".encode()).hexdigest()[:16]
-    ids = [f"{digest}{index:016x}" for index in range(len(scored))]
+def batch_name(rows: pa.Table, version: int, end: datetime) -> str:
+    """Names a batch after its rows, the version that scores them and the time: 16 hexadecimal digits."""
+    digest = hashlib.sha256(f"{version} {end.isoformat()}".encode())
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows.combine_chunks())
+    digest.update(sink.getvalue())
+    return digest.hexdigest()[:16]
+
+
+def name_rows(scored: pa.Table, batch: str) -> pa.Table:
+    """Give each row a prediction id made of its batch and its place in it: scoring the same again names it the same."""
+    ids = [f"{batch}{index:016x}" for index in range(len(scored))]
     return scored.append_column("prediction_id", pa.array(ids, pa.string()))
 
 
@@ -103,7 +112,7 @@ def write(scored: pa.Table, output: Path) -> Path:
 
 
 @task(name="log predictions", retries=2, retry_delay_seconds=2, cache_policy=NO_CACHE)
-def log_predictions(lake: Lake, named: pa.Table, workload: Workload, *, version: int, batch: tuple[str, int]) -> None:
+def log_predictions(lake: Lake, named: pa.Table, workload: Workload, *, version: int, batch: str) -> None:
     """Append to the prediction log, once a batch."""
     rows = {
         "prediction_id": named.column("prediction_id"),
@@ -114,4 +123,4 @@ def log_predictions(lake: Lake, named: pa.Table, workload: Workload, *, version:
         "latency_ms": pa.nulls(len(named), pa.float64()),
         **{name: named.column(name) for name in workload.schema.names},
     }
-    lake.append("predictions", pa.table(rows), batch=batch)
+    lake.append("predictions", pa.table(rows), batch=(f"batch:{batch}", 0))
