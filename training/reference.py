@@ -1,8 +1,8 @@
 """ONNX's reference evaluator, for what an independent second opinion on the preprocessing graph needs.
 
-It is slow, plain NumPy, and shares no code with ONNX Runtime. Two of its string operators are not usable
-(StringNormalizer strips accents and drops empty strings, StringSplit splits at every white space); they are written
-here from the standard's text.
+It is slow, plain NumPy, and shares no code with ONNX Runtime. Three of its string operators are not usable
+(StringNormalizer strips accents and drops empty strings, StringSplit splits at every white space, StringConcat makes
+every string as wide as the longest: gigabytes); they are written here from the standard's text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from noria.schema import Tensors
 
 def evaluate(model: bytes, outputs: list[str], tensors: Tensors) -> list[np.ndarray]:
     """The named outputs of a graph for one batch of raw tensors."""
-    own = [StringNormalizer, StringSplit]
+    own = [StringNormalizer, StringSplit, StringConcat]
     evaluator = ReferenceEvaluator(onnx.ModelProto.FromString(model), new_ops=own)
     return list(evaluator.run(outputs, dict(tensors)))
 
@@ -30,6 +30,13 @@ class StringNormalizer(OpRun):  # type: ignore[misc]
     def _run(self, x: np.ndarray, **_: Any) -> tuple[np.ndarray]:
         lower = ["".join(c.lower() if c.isascii() else c for c in text) for text in x.ravel()]
         return (np.array(lower, object).reshape(x.shape),)
+
+
+class StringConcat(OpRun):  # type: ignore[misc]
+    """Joined element by element."""
+
+    def _run(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray]:
+        return (np.asarray(x, object) + np.asarray(y, object),)
 
 
 class StringSplit(OpRun):  # type: ignore[misc]

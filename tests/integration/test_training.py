@@ -167,7 +167,7 @@ def test_batch_scores_are_the_online_scores(
 
 def test_the_local_ray_listens_on_loopback_only() -> None:
     listening = [
-        connection.laddr.ip
+        connection.laddr.ip.removeprefix("::ffff:")
         for process in psutil.Process().children(recursive=True)
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
