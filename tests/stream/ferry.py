@@ -47,7 +47,7 @@ class Ferry(Workload):
         target="minutes",
     )
     training = TrainingOptions(
-        windows=(8 * WEEK, 2 * WEEK, WEEK), minimum_rows=200, epochs=6, minimum_steps=150, hidden=(16,), batch_size=128
+        windows=(8 * WEEK, 2 * WEEK, WEEK), minimum_rows=200, epochs=8, hidden=(16,), batch_size=32
     )
     gate = GateOptions(minimum_rows=60)
     # One retrain after the shift is what the tests follow; probation would ask for more at every watch.
