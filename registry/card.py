@@ -38,7 +38,7 @@ def version_card(contents: Contents) -> str:
     revision = str(contents.environment.get("revision", ""))
     if revision:
         lines.append(f"Code: `{revision[:12]}{'-dirty' if revision.endswith('-dirty') else ''}`.")
-    return "\n".join([*lines, "", *table(contents.evaluations), "", *meanings(contents.evaluations)])
+    return "\n".join([*lines, "", *table(contents.evaluations), *meanings(contents.evaluations)])
 
 
 def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
@@ -70,7 +70,8 @@ def meanings(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """What the abbreviations among the metrics stand for, as one line."""
     names = dict.fromkeys(name for found in evaluations.values() for name in found.metrics)
     explained = [f"`{name}`: {METRICS[name]}" for name in names if name in METRICS]
-    return [f"{'; '.join(explained)}."] if explained else []
+    # The empty paragraph keeps MLflow, which leaves no room below a table, from gluing this to it.
+    return ["", "&nbsp;", "", f"{'; '.join(explained)}."] if explained else []
 
 
 def _row(*cells: str) -> str:
