@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -67,14 +68,23 @@ def run_and_follow(name: str, parameters: dict[str, Any], say: Callable[[str], N
     """Run a deployment ("retrain/taxi") in the warm engine, pass on what it logs, return what its flow returned.
 
     Raises:
-        ServiceError: there is no such deployment, or the run failed or was dropped; with its own sentence.
+        ServiceError: there is no such deployment, the run failed or was dropped (with its own sentence), or Prefect does
+            not answer, for example because the stack was killed.
     """
     try:
-        made = run_deployment(name, parameters=parameters, timeout=0, as_subflow=False)
+        return _run_and_follow(name, parameters, say)
     except ObjectNotFound:
         raise ServiceError(
             f"Nothing is deployed as {name}; is the workload in NORIA_WORKLOADS of `noria up`?"
         ) from None
+    except httpx.TransportError as error:
+        raise ServiceError(
+            f"Prefect does not answer ({error}); `noria status` shows what runs, `noria up` starts it."
+        ) from None
+
+
+def _run_and_follow(name: str, parameters: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    made = run_deployment(name, parameters=parameters, timeout=0, as_subflow=False)
     with get_client(sync_client=True) as client:
         seen = 0
         while True:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.site import write_state
+
 NORIA = str(Path(sys.executable).with_name("noria"))
 HEAVY = {"torch", "ray", "mlflow", "prefect", "evidently", "matplotlib"}
 COMMANDS = ("demo", "up", "down", "status", "serve", "train", "watch", "batch", "promote", "rollback", "new", "check")
@@ -90,3 +92,18 @@ def test_the_command_is_light_until_it_must_not_be():
     code = "import sys; import flows.cli; print(' '.join(sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not HEAVY & set(said.stdout.split())
+
+
+def test_a_stack_that_was_killed_is_not_a_traceback(noria, tmp_path):
+    """What is left in the home after the machine lost its power: addresses where nobody answers."""
+    services = {
+        name: {"url": f"http://127.0.0.1:{port}"} for name, port in (("prefect", 3), ("mlflow", 4), ("serving", 5))
+    }
+    (tmp_path / "home").mkdir()
+    write_state(tmp_path / "home", {"pid": 2**30, "phase": "ready", "events": [], "services": services})
+    assert noria("status").returncode == 3
+    for arguments, who in {("train", "taxi"): "Prefect", ("rollback", "taxi"): "The MLflow server"}.items():
+        said = noria(*arguments)
+        assert said.returncode == 1
+        assert f"{who}" in said.stderr and "noria up" in said.stderr
+        assert "Traceback" not in said.stderr
