@@ -81,7 +81,8 @@ class Turn:
 
     def first_model(self, window: Window, view: LiveView) -> None:
         """Train, gate, promote and serve the first version."""
-        view.say(f"training the first model on {window.start:%Y-%m} to {window.end - timedelta(days=1):%Y-%m}", long=True)
+        span = f"{window.start:%Y-%m} to {window.end - timedelta(days=1):%Y-%m}"
+        view.say(f"training the first model on {span}", long=True)
         with self.timer.stage("first model"):
             request = Request(window.end, "initial", self._runs())
             run_deployment(
