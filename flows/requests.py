@@ -68,8 +68,8 @@ def run_and_follow(name: str, parameters: dict[str, Any], say: Callable[[str], N
     """Run a deployment ("retrain/taxi") in the warm engine, pass on what it logs, return what its flow returned.
 
     Raises:
-        ServiceError: there is no such deployment, the run failed or was dropped (with its own sentence), or Prefect does
-            not answer, for example because the stack was killed.
+        ServiceError: there is no such deployment, the run failed or was dropped (with its own sentence), or Prefect
+            does not answer, for example because the stack was killed.
     """
     try:
         return _run_and_follow(name, parameters, say)
