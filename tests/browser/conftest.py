@@ -26,16 +26,30 @@ HARMLESS = re.compile(r"/mlflow/users/current|/ico/undefined\.svg|/favicon\.ico"
 """Missing without harm: MLflow asks who is logged in, Prefect draws an icon for runs without infrastructure."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fresh_pictures() -> None:
+    """Pictures are of this session only."""
+    shutil.rmtree(ARTIFACTS, ignore_errors=True)
+
+
+def find_chromium() -> str | None:
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any stack is started for the test."""
+    if find_chromium() is None:
+        sentence = f"There is no Chromium on the PATH (looked for {', '.join(NAMES)})."
+        if os.environ.get("REQUIRE_BROWSER") == "1":
+            pytest.fail(sentence, pytrace=False)
+        pytest.skip(sentence)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        sentence = f"There is no Chromium here (looked for {', '.join(NAMES)})."
-        if os.environ.get("REQUIRE_BROWSER") == "1":
-            pytest.fail(sentence)
-        pytest.skip(sentence)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS.split())
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS.split())
         yield browser
         browser.close()
 
@@ -88,10 +102,14 @@ class Visitor:
 def visitor(chromium: Browser, blocked: list[str], request: pytest.FixtureRequest) -> Iterator[Visitor]:
     """A fresh browser profile for each test, as a newcomer has; a fault on a page that it opened fails the test."""
     context = chromium.new_context(viewport={"width": 1400, "height": 1000})
-    person = Visitor(context, request.node.name.removeprefix("test_"), blocked)
+    name = re.sub(r"\W+", "-", request.node.name.removeprefix("test_")).strip("-")
+    person = Visitor(context, name, blocked)
     yield person
-    for number, page in enumerate(context.pages):
-        person.keep(page, f"end-{number}")
+    for number, page in enumerate(context.pages[:-1]):
+        person.keep(page, str(number))
+    # A test that kept a picture of its last page did so at a better moment.
+    if context.pages and not (ARTIFACTS / f"{name}.png").exists():
+        person.keep(context.pages[-1])
     context.close()
     assert not person.faults
 
