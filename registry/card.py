@@ -47,7 +47,8 @@ def headline(evaluations: Mapping[str, Evaluation], facts: Facts) -> str:
     if "candidate" not in errors:
         return "Not evaluated."
     own = errors["candidate"]
-    sentence = f"**{measure(own, facts.error_unit)}** {ERRORS[facts.loss]} on its test rows"
+    # No emphasis: MLflow's list of versions shows the first line as it is.
+    sentence = f"{measure(own, facts.error_unit)} {ERRORS[facts.loss]} on its test rows"
     others = [
         f"{measure(errors[subject], facts.error_unit)} for the {TITLES[subject]} ({gained(own, errors[subject])})"
         for subject in ("naive", "boosted")

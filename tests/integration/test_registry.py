@@ -91,7 +91,7 @@ def test_registration_is_quick_quiet_and_readable(store: Store, register, capfd)
     assert store.versions("readable")[0] == version
     assert [entry.number for entry in store.versions("readable")] == [2, 1]
     shown = store.client.get_model_version("readable", "2").description
-    assert " min** mean absolute error on its test rows; " in shown.splitlines()[0]
+    assert " min mean absolute error on its test rows; " in shown.splitlines()[0]
     assert "better" in shown and "| naive baseline" in shown and "Trained on 2,000 labelled rows" in shown
     model = store.client.get_registered_model("readable").description
     assert "Predicts **minutes** (min)" in model and "| distance" in model and "champion" in model
