@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,10 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
             yield asked.found()
         finally:
             down(asked, patience=120)
-            left = processes_of(home)
+            # It returns with the supervisor's lock, moments before that process has ended.
+            deadline = time.monotonic() + 15
+            while (left := processes_of(home)) and time.monotonic() < deadline:
+                time.sleep(0.1)
             assert not left, f"`down` left processes behind: {left}"
     if not request.session.testsfailed:
         shutil.rmtree(home)
