@@ -123,8 +123,8 @@ def diagnose(history: Sequence[Mapping[str, float]], evaluations: Mapping[str, E
     said = [f"Best validation at epoch {best['epoch'] + 1:.0f} of {len(history)}."]
     if gap > WIDE:
         said.append(
-            f"Overfitting: the validation loss is {gap + 1:.1f} times the train loss; "
-            "more rows, more weight decay or less width would help."
+            f"Overfitting, or a time unlike the one before: the validation loss is {gap + 1:.1f} times the train loss; "
+            "more rows, more masking or less width would help."
         )
     elif gap > NARROW:
         said.append(f"The validation loss is {gap:.0%} above the train loss: an ordinary gap.")
