@@ -101,7 +101,8 @@ def end_tree(pid: int, patience: float = 15.0) -> None:
     except psutil.NoSuchProcess:
         return
     psutil.wait_procs([parent], timeout=patience)
-    _, alive = psutil.wait_procs(family, timeout=1.0)
+    _, listed = psutil.wait_procs(family, timeout=1.0)
+    alive = [process for process in listed if _lives(process)]
     for process in alive:
         try:
             process.kill()
@@ -256,14 +257,21 @@ def down(site: Site, patience: float = 60.0) -> bool:
         return False
     pid = int(read_state(home).get("pid", 0))
     try:
-        psutil.Process(pid).send_signal(signal.SIGTERM)
+        process = psutil.Process(pid)
+        process.send_signal(signal.SIGTERM)
     except psutil.NoSuchProcess:
         return False
-    # Its lock, not its process: in a container whose first process collects nothing, an ended process stays listed.
     deadline = time.monotonic() + patience
-    while (held := lock(home)) is None:
+    while _lives(process):
         if time.monotonic() > deadline:
             raise ServiceError(f"The stack (process {pid}) did not stop within {patience:.0f} s; see {home / 'logs'}.")
         time.sleep(0.1)
-    held.close()
     return True
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it still runs. In a container whose first process collects nothing, an ended one stays as a zombie."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
