@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import httpx
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -123,7 +122,7 @@ def test_a_retrain_without_data_fails_with_its_sentence(finished_loop, prefect, 
     run = prefect.start("retrain", now=BEGIN.isoformat(), reason="manual")
     state = prefect.until(run, *FINAL)
     assert state["type"] == "FAILED"
-    assert "'ferry' has 0 usable labelled rows" in state["message"]
+    assert "'ferry' has no usable labelled rows" in state["message"]
     note = store.notes("ferry")["noria.retrain"]
     assert (note["verdict"], note["reason"]) == ("failed", "manual")
 
@@ -196,7 +195,9 @@ def test_another_file_at_the_same_time_is_another_batch(finished_loop, site, nor
 
 def logged(site):
     """How often each prediction id is in the log, as it lies there."""
-    table = DeltaTable(site.lake(site.workload("ferry")).address("predictions")).to_pyarrow_table(["prediction_id"])
+    table = DeltaTable(site.lake(site.workload("ferry")).address("predictions")).to_pyarrow_table(
+        columns=["prediction_id"]
+    )
     return Counter(table.column("prediction_id").to_pylist())
 
 
@@ -255,9 +256,7 @@ def test_what_does_not_exist_gets_a_sentence(finished_loop, noria, tmp_path):
         assert "Traceback" not in ended.stderr
 
 
-def test_every_crossing_that_was_asked_for_is_watched(finished_loop, store):
-    """The last watch is on the version in MLflow, where people look."""
-    said = json.loads(store.get("ferry", 1).tags["noria.watch"])
-    assert said["rows"] > 0 and said["reasons"]
-    assert timedelta(0) <= END - datetime.fromisoformat(said["window_end"]) <= 8 * WEEK
-    assert isinstance(pa.array(said["reasons"]), pa.StringArray)
+def test_the_last_watch_is_on_the_version_where_people_look(finished_loop, store):
+    said = json.loads(store.get("ferry", 2).tags["noria.watch"])
+    assert said["rows"] > 0 and said["reasons"] and said["verdict"] and said["decision"]
+    assert datetime.fromisoformat(said["window_end"]) <= END
