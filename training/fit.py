@@ -107,19 +107,9 @@ def fit(
         with clock("train"):
             weights, history = train(job, parts, name=workload.name, storage=storage, address=ray_address)
         boosted, naive = baselines.result()
-    with clock("export"):
-        scored = replace(job, weights=weights).build()
-        model = export(scored, begun.preprocessing)
-    with clock("parity"):
-        proven = parity.check(
-            model, scored, begun.preprocessing, workload.schema, workload.schema.tensors(prepared.split.test)
-        )
+    model, proven = _export(workload, prepared, begun.preprocessing, replace(job, weights=weights), clock)
     with clock("evaluate"):
-        session = runtime.open_session(model)
-        scores = {part: runtime.score(session, workload.schema.tensors(rows)) for part, rows in prepared.split}
-        test = prepared.split.test
-        found = {"candidate": scores["test"], "boosted": boosted(test), "naive": naive(test)}
-        evaluations = evaluate.judge(workload, test, found)
+        scores, evaluations = _evaluate(workload, prepared, model, {"boosted": boosted, "naive": naive})
     return Trained(
         model=model,
         weights=pack(weights, job, begun.preprocessing),
@@ -211,6 +201,28 @@ def _job(workload: Workload, begun: Begin, labels: np.ndarray) -> Job:
 def _baselines(workload: Workload, prepared: Prepared, made: Preprocessing, part: Part) -> tuple[Scorer, Scorer]:
     trees = evaluate.Boosted.fit(workload, made.inputs, dict(part.tensors), part.labels)
     return evaluate.BoostedScorer(trees, made, workload.schema), workload.naive(prepared.split.train)
+
+
+def _export(
+    workload: Workload, prepared: Prepared, made: Preprocessing, job: Job, clock: _Clock
+) -> tuple[bytes, dict[str, Any]]:
+    """The whole graph and the report that proves it."""
+    with clock("export"):
+        scored = job.build()
+        model = export(scored, made)
+    with clock("parity"):
+        sample = workload.schema.tensors(prepared.split.test)
+        return model, parity.check(model, scored, made, workload.schema, sample)
+
+
+def _evaluate(
+    workload: Workload, prepared: Prepared, model: bytes, baselines: Mapping[str, Scorer]
+) -> tuple[dict[str, np.ndarray], dict[str, Evaluation]]:
+    """The graph's scores on every part, and each subject's evaluation on test."""
+    session, test = runtime.open_session(model), prepared.split.test
+    scores = {part: runtime.score(session, workload.schema.tensors(rows)) for part, rows in prepared.split}
+    found = {subject: baseline(test) for subject, baseline in baselines.items()}
+    return scores, evaluate.judge(workload, test, {"candidate": scores["test"], **found})
 
 
 class _Clock:

@@ -125,8 +125,8 @@ class Spam(Workload):
     unit = "probability"
     notes = "Trained on e-mails of 2001 and 2002, in English for the most part. Today's spam looks different."
     until = datetime(2003, 1, 1, tzinfo=UTC)
-    # Words are learnt by heart at the default rate. Rate and mask were chosen on validation among eight settings: best on
-    # the rows up to 2002-08, and not far from it up to 2002-12, where the prior is another one.
+    # Words are learnt by heart at the default rate. Best of eight settings on validation up to 2002-08 (log loss 0.078,
+    # default 0.101). Up to 2002-12, where the prior moves, better than the default (0.419, 0.536), not best (0.329).
     training = TrainingOptions(learning_rate=4e-3, mask=0.2)
     bands = Bands((Band("spam", 0.9), Band("review", 0.5)), otherwise="inbox")
     schema = Schema(
