@@ -141,7 +141,7 @@ def _column(column: Column, entry: dict[str, Any] | None, size: int) -> np.ndarr
     if entry is None:
         return np.full(size, MISSING[kind], NUMPY[kind])
     datatype, data = entry.get("datatype"), entry.get("data")
-    if datatype not in ACCEPTED[kind]:
+    if not isinstance(datatype, str) or datatype not in ACCEPTED[kind]:
         wanted = ", ".join(sorted(ACCEPTED[kind]))
         sentence = f"The input '{column.name}' has the datatype {str(datatype)[:20]}; it must be one of {wanted}."
         raise SchemaError(sentence, column.name)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from registry.bundle import write
@@ -213,6 +213,7 @@ BODIES = (
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example({"inputs": [{"name": "distance", "datatype": [], "shape": [1], "data": [1]}]}, "/v2/models/trips/infer", 0)
 @given(BODIES, st.sampled_from(["/predict/trips", "/feedback/trips", "/v2/models/trips/infer"]), st.integers(0, 200))
 def test_no_body_makes_a_fault(app, body, path, cut):
     encoded = orjson.dumps(body)
