@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -183,9 +184,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for module in WARM:
         importlib.import_module(module)
-    threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else 1
-    if threads > 1:
-        log.warning("%d threads after imports; forking is safe only from one", threads)
+    # Allocators have threads of their own that survive a fork well; a Python thread could hold a lock for ever.
+    if threading.active_count() > 1:
+        log.warning("threads after imports: %s; forking is safe only from one", threading.enumerate())
     # What is alive now lives for ever: the collector need not copy these pages in every child.
     gc.collect()
     gc.freeze()

@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from noria.errors import NoriaError, ServiceError, WorkloadError
+from noria.errors import NoriaError, ServiceError, SettingsError, WorkloadError
 from noria.lake import Lake
+from noria.records import moment
 from noria.settings import Settings, export, load_settings
 from noria.workload import Workload, load
 
@@ -122,10 +123,14 @@ class Site:
 
 
 def now_of(workload: Workload, given: str | datetime | None = None) -> datetime:
-    """The time that a flow runs at: as given, else the end of a recorded stream, else the clock."""
-    if isinstance(given, str) and given:
-        parsed = datetime.fromisoformat(given)
-        return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
-    if isinstance(given, datetime):
-        return given
+    """The time that a flow runs at: as given, else the end of a recorded stream, else the clock.
+
+    Raises:
+        SettingsError: what is given is no time.
+    """
+    if given:
+        try:
+            return moment(given)
+        except ValueError:
+            raise SettingsError(f"'{given}' is no time; write one such as 2020-03-15 or 2020-03-15T08:30:00.") from None
     return workload.until or datetime.now(UTC)

@@ -233,6 +233,10 @@ def up(site: Site, *, tell: Callable[[dict[str, bool]], None] = lambda _: None, 
     while time.monotonic() < deadline:
         state = read_state(home)
         fresh = started is None or state.get("pid") == started.pid
+        if started is None and state.get("phase") == "stopped":
+            # The one that was found is on its way down, or one that somebody else starts has said nothing yet.
+            time.sleep(0.5)
+            return up(site, tell=tell, patience=max(1.0, deadline - time.monotonic()))
         if fresh and state.get("phase") == "ready":
             return site.found()
         if fresh:
