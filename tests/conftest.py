@@ -40,6 +40,11 @@ TIERS = ("unit", "integration", "browser", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The quick ones first; the browser on a stack that no other test has touched yet. Its driver keeps an event loop
+    # running in this thread, so whatever runs one of its own must come before.
+    items.sort(
+        key=lambda item: [tier in Path(str(item.path)).parts for tier in ("unit", "gpu", "browser")], reverse=True
+    )
     for item in items:
         for tier in TIERS:
             if tier in Path(str(item.path)).parts:
