@@ -121,6 +121,9 @@ class Engine:
             # As Python would have: this process never returns to where it is printed.
             traceback.print_exc()
         finally:
+            # What Python does first when it ends: Prefect sends its last log lines in a hook of this. Nothing else of
+            # an ordinary end happens: the hooks that the engine's own imports left are not this process's to run.
+            threading._shutdown()  # type: ignore[attr-defined]
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

@@ -6,6 +6,7 @@ Not here: whether it computes the right thing (`registry.proof`, and parity in t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -15,6 +16,9 @@ from noria.errors import BundleError
 from noria.runtime import SCORE
 from noria.schema import Schema
 
+MOST_BYTES = 2**31 - 1
+"""Largest ONNX file: what protobuf can hold in one message."""
+MOST_NODES = 100_000
 STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 ELEMENTS = {
     "number": onnx.TensorProto.FLOAT,
@@ -26,11 +30,25 @@ ELEMENTS = {
 
 
 def check_graph(model: bytes, schema: Schema) -> None:
-    """Refuse a graph that reads other files, needs custom operators, or does not fit the schema.
+    """Refuse a graph that is unsafe to run, or does not fit the schema.
 
     Raises:
-        BundleError: says which of these, and where.
+        BundleError: says why, and where.
     """
+    _check_inputs(_check_safe(model).graph, schema)
+
+
+def check_file(path: Path) -> None:
+    """Refuse an ONNX file that is unsafe to run; its inputs and outputs may be any. Raises BundleError."""
+    if path.stat().st_size > MOST_BYTES:
+        raise BundleError(f"{path.name} is larger than {MOST_BYTES // 2**20} MB, the most that is served.")
+    _check_safe(path.read_bytes())
+
+
+def _check_safe(model: bytes) -> Any:
+    """The parsed model, which reads no other file, needs no custom operator, and is not too large."""
+    if len(model) > MOST_BYTES:
+        raise BundleError(f"model.onnx is larger than {MOST_BYTES // 2**20} MB, the most that is served.")
     try:
         parsed = onnx.ModelProto.FromString(model)
     except DecodeError:
@@ -42,11 +60,13 @@ def check_graph(model: bytes, schema: Schema) -> None:
     for sparse in parsed.graph.sparse_initializer:
         _refuse_external(sparse.values)
         _refuse_external(sparse.indices)
-    for node in (node for body in bodies for node in _nodes(body)):
+    for number, node in enumerate(node for body in bodies for node in _nodes(body)):
+        if number >= MOST_NODES:
+            raise BundleError(f"model.onnx has more than {MOST_NODES} nodes, the most that is served.")
         if node.domain not in STANDARD and (node.domain, node.op_type) not in local:
             name = f"{node.domain}.{node.op_type}"
             raise BundleError(f"model.onnx uses the custom operator '{name}'; export with standard operators only.")
-    _check_inputs(parsed.graph, schema)
+    return parsed
 
 
 def _check_inputs(graph: Any, schema: Schema) -> None:

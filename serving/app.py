@@ -16,8 +16,8 @@ from typing import Any
 
 from serving import openapi, pages
 from serving.metrics import CONTENT_TYPE
-from serving.protocol import Refusal
-from serving.service import Answer, Service, as_json, refused
+from serving.service import Service
+from serving.wire import Answer, Refusal, as_json, refused
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

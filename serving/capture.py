@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 
 from noria.schema import Schema
-from serving.protocol import Rows
+from serving.wire import Rows
 
 FLAGS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 

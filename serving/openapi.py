@@ -8,7 +8,7 @@ from typing import Any
 
 from noria.column import Column
 from serving import tensors
-from serving.engine import Model
+from serving.model import Model
 from serving.protocol import MOST_ROWS
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -66,7 +66,13 @@ def column_schema(column: Column) -> dict[str, Any]:
 
 
 def _paths(model: Model) -> dict[str, Any]:
-    name, schema = model.workload, model.schema
+    name = model.workload
+    described = {"summary": "Inputs and outputs", "tags": [name], "responses": {"200": {"description": "OK"}}}
+    about = {f"/v2/models/{name}": {"get": described}}
+    if model.bundle is None:
+        content = {"type": "object"}
+        return about | {f"/v2/models/{name}/infer": _post(name, "Run the model on tensors", content, {"inputs": []})}
+    schema, example = model.bundle.schema, model.bundle.proof.records[0]
     columns = schema.columns
     if schema.event_time not in schema.names:
         columns = (*columns, Column(schema.event_time, "timestamp", description="when it happened; without it, now"))
@@ -82,9 +88,9 @@ def _paths(model: Model) -> dict[str, Any]:
         "properties": {"id": {"type": "string"}, "label": {"type": "number"}, "time": TYPES["timestamp"]},
         "required": ["id", "label"],
     }
-    return {
+    return about | {
         f"/predict/{name}": _post(
-            name, f"Predict {schema.target}", _object("records", records), {"records": [model.example]}
+            name, f"Predict {schema.target}", _object("records", records), {"records": [example]}
         ),
         f"/feedback/{name}": _post(
             name,
@@ -93,11 +99,8 @@ def _paths(model: Model) -> dict[str, Any]:
             {"labels": [{"id": "0" * 32, "label": 1}]},
         ),
         f"/v2/models/{name}/infer": _post(
-            name, "Predict, in the Open Inference Protocol", {"type": "object"}, tensors.example(schema, model.example)
+            name, "Predict, in the Open Inference Protocol", {"type": "object"}, tensors.example(schema, example)
         ),
-        f"/v2/models/{name}": {
-            "get": {"summary": "Inputs and outputs", "tags": [name], "responses": {"200": {"description": "OK"}}}
-        },
     }
 
 

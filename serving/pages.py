@@ -13,7 +13,8 @@ from typing import Any
 import orjson
 
 from serving import openapi, tensors
-from serving.engine import Engine, Model
+from serving.engine import Engine
+from serving.model import Model
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -39,28 +40,46 @@ def docs(engine: Engine) -> str:
 
 
 def _workload(model: Model) -> str:
-    name, schema = escape(model.workload), model.schema
-    unit = f" ({escape(model.facts.unit)})" if model.facts.unit not in ("", schema.target) else ""
+    name, bundle = escape(model.workload), model.bundle
+    if bundle is None:
+        return _plain(model)
+    schema, facts, example = bundle.schema, bundle.facts, bundle.proof.records[0]
+    unit = f" ({escape(facts.unit)})" if facts.unit not in ("", schema.target) else ""
     rows = "".join(
         f"<tr><td><code>{escape(column.name)}</code></td><td>{column.kind}</td>"
         f"<td>{_limits(column.low, column.high)}</td><td>{'yes' if column.required else ''}</td>"
         f"<td>{escape(column.description)}</td></tr>"
         for column in schema.columns
     )
-    bands = ", ".join(f"<b>{escape(band.action)}</b> above {band.above:g}" for band in model.bands.bands)
-    action = f"<p>Action: {bands}, otherwise <b>{escape(model.bands.otherwise or '')}</b>.</p>" if bands else ""
+    bands = ", ".join(f"<b>{escape(band.action)}</b> above {band.above:g}" for band in bundle.bands.bands)
+    action = f"<p>Action: {bands}, otherwise <b>{escape(bundle.bands.otherwise or '')}</b>.</p>" if bands else ""
     beside = f"<p>A record may also say when it happened, as <code>{escape(schema.event_time)}</code>.</p>"
     event_time = "" if schema.event_time in schema.names else beside
     forms = [
-        _form("Predict", f"/predict/{name}", {"records": [model.example]}, opened=True),
+        _form("Predict", f"/predict/{name}", {"records": [example]}, opened=True),
         _form("Feedback: what really happened", f"/feedback/{name}", {"labels": [{"id": "0" * 32, "label": 1}]}),
-        _form("Predict, Open Inference Protocol", f"/v2/models/{name}/infer", tensors.example(schema, model.example)),
+        _form("Predict, Open Inference Protocol", f"/v2/models/{name}/infer", tensors.example(schema, example)),
     ]
     return (
         f"<section id='{name}'><h2>{name} <small>version {model.version}</small></h2>"
-        f"<p>Predicts <b>{escape(schema.target)}</b>{unit}. {escape(model.facts.notes)}</p>{action}"
+        f"<p>Predicts <b>{escape(schema.target)}</b>{unit}. {escape(facts.notes)}</p>{action}"
         f"<table><tr><th>column</th><th>type</th><th>range</th><th>required</th><th>meaning</th></tr>{rows}</table>"
         f"{event_time}{''.join(forms)}</section>"
+    )
+
+
+def _plain(model: Model) -> str:
+    """A model of a repository: its tensors."""
+    name = escape(model.workload)
+    rows = "".join(
+        f"<tr><td>{kind}</td><td><code>{escape(one.name)}</code></td><td>{one.datatype}</td><td>{list(one.shape)}</td></tr>"
+        for kind, tensors in (("input", model.inputs), ("output", model.outputs))
+        for one in tensors
+    )
+    return (
+        f"<section id='{name}'><h2>{name} <small>version {model.version}</small></h2>"
+        f"<p>A plain model: ask it with <code>POST /v2/models/{name}/infer</code>.</p>"
+        f"<table><tr><th></th><th>tensor</th><th>datatype</th><th>shape</th></tr>{rows}</table></section>"
     )
 
 

@@ -8,41 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
 from noria.column import EARLIEST, FORMS, LATEST, MISSING_INTEGER, Tensors, parse_time
-from noria.errors import NoriaError, SchemaError
+from noria.errors import SchemaError
 from noria.schema import Schema
+from serving.wire import Refusal, Rows
 
 MOST_ROWS = 10_000
 """Rows (or labels) accepted in one request."""
-
-
-class Refusal(NoriaError):
-    """A request that is answered with an error: `status` and a sentence."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
-        self.status = status
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows to score: raw tensors of shape [n] and when each happened, microseconds since 1970, shape [n]."""
-
-    tensors: Tensors
-    times: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.times)
 
 
 def parse_json(body: bytes) -> Any:
@@ -75,7 +52,7 @@ def decode_predict(body: bytes, schema: Schema) -> Rows:
         raise Refusal(422, 'Send {"records": [{column: value}, ...]}, a list of such objects, or one of them.')
     limit_rows(len(content), "records")
     tensors = schema.parse(content)
-    return Rows(tensors, _times(content, tensors, schema))
+    return Rows(tensors, len(content), _times(content, tensors, schema))
 
 
 def limit_rows(count: int, what: str) -> None:

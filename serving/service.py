@@ -7,46 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
 from noria.errors import SchemaError
+from noria.runtime import SCORE
+from noria.schema import Schema
+from registry.bundle import Bundle
 from serving.capture import Log, batch_ids, new_base
-from serving.engine import Engine, Model
+from serving.engine import Engine
 from serving.metrics import Metrics
-from serving.protocol import Refusal, Rows, decode_feedback, decode_predict, encode_predict
+from serving.model import Model
+from serving.protocol import decode_feedback, decode_predict, encode_predict
 from serving.tensors import decode_infer, encode_infer, metadata
-
-LONGEST_SENTENCE = 600
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is sent back."""
-
-    status: int
-    body: bytes
-    rows: int = 0
-    content_type: bytes = b"application/json"
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-
-
-def refused(refusal: Refusal) -> Answer:
-    """A refusal as an answer: `{"error": sentence}`."""
-    sentence = refusal.message
-    if len(sentence) > LONGEST_SENTENCE:
-        sentence = sentence[: LONGEST_SENTENCE - 3] + "..."
-    # A lone surrogate cannot be written as UTF-8, and a sentence may quote what was sent.
-    body = orjson.dumps({"error": sentence.encode("utf-8", "replace").decode()})
-    return Answer(refusal.status, body)
-
-
-def as_json(content: Any, status: int = 200) -> Answer:
-    """Plain data as an answer."""
-    return Answer(status, orjson.dumps(content))
+from serving.wire import Answer, Refusal, Rows, as_json, refused
 
 
 class Service:
@@ -79,30 +55,30 @@ class Service:
     def predict(self, workload: str, body: bytes) -> Answer:
         """`POST /predict/{workload}`."""
         began = time.perf_counter()
-        model = self.model(workload)
-        rows = decode_predict(body, model.schema)
-        scores, actions = self._score(model, rows)
+        model, bundle = self.champion(workload)
+        rows = decode_predict(body, bundle.schema)
+        scores, actions = self._score(model, bundle, rows)
         base = new_base(time.time_ns() // 1_000_000)
         content = encode_predict(workload, model.version, batch_ids(base, len(rows)), scores, actions)
-        self._record(model, rows, scores, actions, base=base, began=began)
+        self._record(model, bundle.schema, rows, scores, actions, base=base, began=began)
         return Answer(200, content, len(rows))
 
     def infer(self, workload: str, body: bytes) -> Answer:
         """`POST /v2/models/{workload}/infer`."""
         began = time.perf_counter()
-        model = self.model(workload)
-        rows, request = decode_infer(body, model.schema)
-        scores, actions = self._score(model, rows)
+        model, bundle = self.champion(workload)
+        rows, request = decode_infer(body, bundle.schema)
+        scores, actions = self._score(model, bundle, rows)
         base = new_base(time.time_ns() // 1_000_000)
         ids = batch_ids(base, len(rows))
         content = encode_infer(workload, model.version, request, ids=ids, scores=scores, actions=actions)
-        self._record(model, rows, scores, actions, base=base, began=began)
+        self._record(model, bundle.schema, rows, scores, actions, base=base, began=began)
         return Answer(200, content, len(rows))
 
     def feedback(self, workload: str, body: bytes) -> Answer:
         """`POST /feedback/{workload}`."""
-        model = self.model(workload)
-        ids, labels, times = decode_feedback(body, model.facts.task)
+        _, bundle = self.champion(workload)
+        ids, labels, times = decode_feedback(body, bundle.facts.task)
         lost = self.log.lost
         self.log.labels(workload, ids, labels, times)
         if self.log.lost > lost:
@@ -111,8 +87,14 @@ class Service:
 
     def metadata(self, workload: str) -> Answer:
         """`GET /v2/models/{workload}`."""
+        return as_json(metadata(self.model(workload)))
+
+    def champion(self, workload: str) -> tuple[Model, Bundle]:
+        """The model and the bundle of a workload. Raises Refusal 404 for a plain model, which has no records."""
         model = self.model(workload)
-        return as_json(metadata(workload, model.version, model.schema))
+        if model.bundle is None:
+            raise Refusal(404, f"{workload} is a plain model; ask it with POST /v2/models/{workload}/infer.")
+        return model, model.bundle
 
     def model(self, workload: str) -> Model:
         """The model that answers for a workload. Raises Refusal 404 or 503."""
@@ -150,19 +132,27 @@ class Service:
         log = {"lost": self.log.lost, "failure": self.log.failure or None}
         return as_json({"ready": self.engine.ready, "workloads": workloads, "log": log})
 
-    def _score(self, model: Model, rows: Rows) -> tuple[np.ndarray, list[str | None]]:
-        scores = model.score(rows.tensors)
+    def _score(self, model: Model, bundle: Bundle, rows: Rows) -> tuple[np.ndarray, list[str | None]]:
+        scores = model.run(rows.tensors)[SCORE]
         finite = np.isfinite(scores)
         if not finite.all():
             row = int(np.argmin(finite))
             raise Refusal(422, f"Row {row}: the model has no finite score for these values; check them for extremes.")
-        return scores, model.bands.actions(scores)
+        return scores, bundle.bands.actions(scores)
 
     def _record(
-        self, model: Model, rows: Rows, scores: np.ndarray, actions: list[str | None], *, base: int, began: float
+        self,
+        model: Model,
+        schema: Schema,
+        rows: Rows,
+        scores: np.ndarray,
+        actions: list[str | None],
+        *,
+        base: int,
+        began: float,
     ) -> None:
         elapsed = (time.perf_counter() - began) * 1000
         self.log.predictions(
-            model.workload, model.version, model.schema,
+            model.workload, model.version, schema,
             base=base, rows=rows, scores=scores, actions=actions, latency_ms=elapsed,
         )  # fmt: skip

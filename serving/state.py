@@ -30,6 +30,8 @@ class Desired:
     fallback_version: int | None = None
     """What a worker serves that starts anew and cannot load the version."""
     fallback_folder: str = ""
+    plain: bool = False
+    """No bundle but any `model.onnx`, of a model repository."""
 
 
 @dataclass(frozen=True)

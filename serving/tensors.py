@@ -15,7 +15,9 @@ import orjson
 from noria.column import MISSING, NUMPY, Column, parse_column, parse_value
 from noria.errors import SchemaError
 from noria.schema import Schema
-from serving.protocol import Refusal, Rows, event_times, limit_rows, parse_json
+from serving.model import COLUMN_TYPES, Model, Tensor
+from serving.protocol import event_times, limit_rows, parse_json
+from serving.wire import Refusal, Rows
 
 WHOLE = frozenset({"INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"})
 DECIMAL = frozenset({"FP16", "FP32", "FP64"})
@@ -26,19 +28,20 @@ ACCEPTED = {
     "text": frozenset({"BYTES"}),
     "timestamp": frozenset({"INT64", "BYTES"}),
 }
-OFFERED = {"number": "FP32", "integer": "INT64", "string": "BYTES", "text": "BYTES", "timestamp": "INT64"}
 
 
-def metadata(name: str, version: int, schema: Schema) -> dict[str, Any]:
+def metadata(model: Model) -> dict[str, Any]:
     """What `GET /v2/models/{name}` answers."""
-    inputs = [{"name": column.name, "datatype": OFFERED[column.kind], "shape": [-1]} for column in schema.columns]
-    outputs = [("score", "FP32"), ("action", "BYTES"), ("prediction_id", "BYTES")]
+
+    def tensors(entries: Sequence[Tensor]) -> list[dict[str, Any]]:
+        return [{"name": one.name, "datatype": one.datatype, "shape": list(one.shape)} for one in entries]
+
     return {
-        "name": name,
-        "versions": [str(version)],
+        "name": model.workload,
+        "versions": [str(model.version)],
         "platform": "onnxruntime_onnx",
-        "inputs": inputs,
-        "outputs": [{"name": output, "datatype": datatype, "shape": [-1]} for output, datatype in outputs],
+        "inputs": tensors(model.inputs),
+        "outputs": tensors(model.outputs),
     }
 
 
@@ -47,7 +50,7 @@ def example(schema: Schema, record: Mapping[str, Any]) -> dict[str, Any]:
     inputs = []
     for column in schema.columns:
         value = record.get(column.name)
-        datatype = "BYTES" if isinstance(value, str) else OFFERED[column.kind]
+        datatype = "BYTES" if isinstance(value, str) else COLUMN_TYPES[column.kind]
         inputs.append({"name": column.name, "datatype": datatype, "shape": [1], "data": [value]})
     return {"inputs": inputs}
 
@@ -74,7 +77,7 @@ def decode_infer(body: bytes, schema: Schema) -> tuple[Rows, str | None]:
     if schema.event_time not in schema.names:
         del tensors[schema.event_time]
     schema.check(tensors)
-    return Rows(tensors, event_times(seconds)), name
+    return Rows(tensors, size, event_times(seconds)), name
 
 
 def encode_infer(

@@ -253,8 +253,8 @@ def test_a_swap_lets_running_requests_end_with_the_old_version(bundles, tmp_path
     old = engine.models["trips"]
     state = engine.take(Desired("trips", 2, str(bundles / "2"), "b"))
     assert (state.status, state.version, state.replaced) == ("serving", 2, 1)
-    tensors = old.schema.parse([RECORD])
-    assert (old.score(tensors)[0], engine.models["trips"].score(tensors)[0]) == (3.0, 13.0)
+    tensors = old.bundle.schema.parse([RECORD])
+    assert [one.run(tensors)["score"][0] for one in (old, engine.models["trips"])] == [3.0, 13.0]
     again = engine.take(Desired("trips", 2, str(bundles / "2"), "c"))
     assert (again.since, again.asked) == (state.since, "c")
 

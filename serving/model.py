@@ -1,0 +1,175 @@
+"""A loaded version: open it, warm it, prove it, then it never changes.
+
+Two kinds are served the same way. A *workload's* version is a bundle: raw columns in, `score` out, with a schema,
+decision bands and a proof. A *plain* model is any ONNX file of a model repository (`NAME/VERSION/model.onnx`): its own
+tensors in and out. Not here: which version should serve (`serving.engine`), requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from noria.errors import BundleError
+from noria.runtime import SCORE, Providers, open_session
+from registry.bundle import Bundle
+from registry.graph import check_file
+from registry.proof import ABSOLUTE, RELATIVE
+from serving.datatypes import NUMPY, ONNX
+
+WARM = (1, 2, 8, 64, 256, 1024)
+"""Batch sizes that are run, and must agree with each other, before a model answers. The last is the largest batch."""
+COLUMN_TYPES = {"number": "FP32", "integer": "INT64", "string": "BYTES", "text": "BYTES", "timestamp": "INT64"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output: its v2 datatype, and its shape with -1 where any size goes."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version, ready to answer. Thread-safe."""
+
+    workload: str
+    """Its name, for a plain model too."""
+    version: int
+    session: ort.InferenceSession
+    inputs: tuple[Tensor, ...]
+    """What a v2 client may send. A workload: its raw columns, [n]."""
+    outputs: tuple[Tensor, ...]
+    """What a v2 client gets. A workload: score, action, prediction_id."""
+    batched: bool
+    """Rows of several requests may share a run: the first dimension of every input and output is free."""
+    sizes: tuple[int, ...]
+    """Batch sizes that were run before it answered, ascending."""
+    seconds: tuple[float, ...]
+    """How long one run took at each of `sizes`."""
+    bundle: Bundle | None = None
+    """What a workload's version consists of; None: a plain model."""
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that one run may hold: the largest batch that was proven."""
+        return self.sizes[-1]
+
+    def expected(self, rows: int) -> float:
+        """Seconds that a run of so many rows takes, from what was measured while warming."""
+        return float(np.interp(rows, self.sizes, self.seconds))
+
+    def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The graph's outputs for its inputs, [n, ...] each."""
+        names = [entry.name for entry in self.session.get_outputs()]
+        wanted = {entry.name: tensors[entry.name] for entry in self.session.get_inputs()}
+        return dict(zip(names, self.session.run(names, wanted), strict=True))
+
+
+def load(workload: str, version: int, folder: Path, providers: Providers, *, plain: bool = False) -> Model:
+    """Open, warm and prove the version that lies in `folder`: a bundle, or with `plain` any `model.onnx`.
+
+    Raises:
+        BundleError: it does not open, does not run, or does not give its own proof's scores.
+    """
+    name = f"Version {version} of {workload}"
+    try:
+        return (_load_plain if plain else _load_bundle)(workload, version, folder, providers)
+    except BundleError as error:
+        raise BundleError(f"{name} cannot be loaded: {_line(error)}") from error
+    except Exception as error:  # ONNX Runtime raises a dozen types of its own, and any of them means the same here
+        raise BundleError(f"{name} cannot be loaded: {_line(error)}") from error
+
+
+def _load_bundle(workload: str, version: int, folder: Path, providers: Providers) -> Model:
+    bundle = Bundle.open(folder)
+    if bundle.facts.name != workload:
+        raise BundleError(f"the bundle was made for the workload '{bundle.facts.name}'.")
+    session = open_session(bundle.model, providers)
+    bundle.proof.check(session, bundle.schema)
+    rows = bundle.schema.parse(bundle.proof.records)
+    expected = np.asarray(bundle.proof.scores, np.float64)
+    outputs = [("score", "FP32"), ("action", "BYTES"), ("prediction_id", "BYTES")]
+    model = Model(
+        workload, version, session,
+        inputs=tuple(Tensor(column.name, COLUMN_TYPES[column.kind], (-1,)) for column in bundle.schema.columns),
+        outputs=tuple(Tensor(output, datatype, (-1,)) for output, datatype in outputs),
+        batched=True, sizes=WARM, seconds=(0.0,) * len(WARM),
+        bundle=bundle,
+    )  # fmt: skip
+    seconds = []
+    for size in WARM:
+        chosen = np.arange(size) % len(expected)
+        tensors = {name: values[chosen] for name, values in rows.items()}
+        found, elapsed = _timed(model, tensors)
+        wrong = ~np.isclose(found[SCORE], expected[chosen], rtol=RELATIVE, atol=ABSOLUTE)
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise BundleError(
+                f"Reference row {chosen[first]} scores {found[SCORE][first]:g} in a batch of {size} rows instead of "
+                f"{expected[chosen[first]]:g}: rows of a batch disturb each other in this graph."
+            )
+        seconds.append(elapsed)
+    return _with_seconds(model, WARM, seconds)
+
+
+def _load_plain(workload: str, version: int, folder: Path, providers: Providers) -> Model:
+    path = folder / "model.onnx"
+    check_file(path)
+    session = open_session(path, providers)
+    inputs, outputs = _tensors(session.get_inputs()), _tensors(session.get_outputs())
+    free = [tensor.shape[:1] == (-1,) for tensor in (*inputs, *outputs)]
+    model = Model(workload, version, session, inputs, outputs, batched=all(free), sizes=(1,), seconds=(0.0,))
+    sizes, seconds = WARM if model.batched else (1,), []
+    # Zeros, because nothing is known of the values: a graph that does not run on them may still run on real ones.
+    proven = []
+    for size in sizes:
+        tensors = {tensor.name: _zeros(tensor, size) for tensor in inputs}
+        try:
+            _, elapsed = _timed(model, tensors)
+        except Exception:
+            break
+        proven.append(size)
+        seconds.append(elapsed)
+    return _with_seconds(model, proven or (1,), seconds or (0.0,))
+
+
+def _tensors(entries: Sequence[Any]) -> tuple[Tensor, ...]:
+    found = []
+    for entry in entries:
+        if entry.type not in ONNX:
+            raise BundleError(f"'{entry.name}' is {entry.type}; only dense tensors of the v2 datatypes can be served.")
+        shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in entry.shape)
+        found.append(Tensor(entry.name, ONNX[entry.type], shape))
+    return tuple(found)
+
+
+def _zeros(tensor: Tensor, size: int) -> np.ndarray:
+    first, *rest = tensor.shape or (None,)
+    shape = [] if first is None else [size if first == -1 else first, *(1 if one == -1 else one for one in rest)]
+    return np.full(shape, "" if tensor.datatype == "BYTES" else 0, NUMPY[tensor.datatype])
+
+
+def _timed(model: Model, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+    """The outputs of a first run, and the seconds of a second one."""
+    found = model.run(tensors)
+    began = time.perf_counter()
+    model.run(tensors)
+    return found, time.perf_counter() - began
+
+
+def _with_seconds(model: Model, sizes: Sequence[int], seconds: Sequence[float]) -> Model:
+    # A larger batch is never taken to be quicker than a smaller one: one run is measured, on a machine that has others.
+    return Model(**{**vars(model), "sizes": tuple(sizes), "seconds": tuple(np.maximum.accumulate(seconds).tolist())})
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
