@@ -15,30 +15,69 @@ import orjson
 
 from noria.column import EARLIEST, FORMS, LATEST, MISSING_INTEGER, Tensors, parse_time
 from noria.errors import SchemaError
+from noria.runtime import SCORE
 from noria.schema import Schema
-from serving.wire import Refusal, Rows
+from serving.model import Model
+from serving.wire import Answer, Refusal, Rows, Scored
 
 MOST_ROWS = 10_000
 """Rows (or labels) accepted in one request."""
 
 
+class Predict:
+    """Decoded records."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def answer(self, scored: Scored) -> Answer:
+        """An id, a prediction and an action a row, in the order of the records."""
+        scores = scored.outputs[SCORE].tolist()
+        predictions = [
+            {"id": name, "prediction": value, "action": action}
+            for name, value, action in zip(scored.ids, scores, scored.actions, strict=True)
+        ]
+        model = scored.model
+        content = {"workload": model.workload, "version": model.version, "predictions": predictions}
+        return Answer(200, orjson.dumps(content), len(predictions))
+
+
 def parse_json(body: bytes) -> Any:
     """The JSON value of a body. Raises Refusal 400."""
-    if not body.strip():
-        raise Refusal(400, "The body is empty; send JSON.")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if not body.strip():
+            raise Refusal(400, "The body is empty; send JSON.") from None
         hint = " (NaN is not JSON; send null where a value is missing.)" if b"NaN" in body else ""
         raise Refusal(400, f"The body is not JSON: {error}.{hint}") from None
 
 
-def decode_predict(body: bytes, schema: Schema) -> Rows:
-    """Rows of `{"records": [...]}`, a list of records, or one record.
+def records_schema(model: Model) -> Schema:
+    """The schema of a workload. Raises Refusal 404 for a plain model, which has no records."""
+    if model.bundle is None:
+        name = model.workload
+        raise Refusal(404, f"{name} is a plain model; ask it with POST /v2/models/{name}/infer.")
+    return model.bundle.schema
+
+
+def decode_predict(body: bytes, model: Model) -> Predict:
+    """`{"records": [...]}`, a list of records, or one record.
 
     Raises:
-        Refusal: 400 not JSON, 413 too many rows. SchemaError: a record breaks the schema.
+        Refusal: 400 not JSON, 404 a plain model, 413 too many rows, 422 a record breaks the schema.
     """
+    schema = records_schema(model)
+    try:
+        return Predict(read_records(body, schema))
+    except SchemaError as error:
+        raise Refusal(422, str(error)) from None
+
+
+def read_records(body: bytes, schema: Schema) -> Rows:
+    """The rows of such a body. Raises Refusal, and SchemaError naming field and row."""
     content = parse_json(body)
     if isinstance(content, dict):
         if "records" in content and "records" not in schema.names:
@@ -91,17 +130,6 @@ def _second(value: Any, name: str, row: int) -> int:
             f"Row {row}: '{name}' is {shown}; it must be {FORMS['timestamp']}, in the years 1 to 9999.", name, row
         )
     return seconds
-
-
-def encode_predict(
-    workload: str, version: int, ids: Sequence[str], scores: np.ndarray, actions: Sequence[str | None]
-) -> bytes:
-    """The answer to `/predict`: an id, a prediction and an action a row, in the order of the records."""
-    predictions = [
-        {"id": name, "prediction": value, "action": action}
-        for name, value, action in zip(ids, scores.tolist(), actions, strict=True)
-    ]
-    return orjson.dumps({"workload": workload, "version": version, "predictions": predictions})
 
 
 def decode_feedback(body: bytes, task: str) -> tuple[list[str], list[float], np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from serving.capture import Log, batch_ids, new_base
 from serving.engine import Engine
 from serving.metrics import Metrics
 from serving.model import Model
-from serving.protocol import decode_feedback, decode_predict, encode_predict
-from serving.tensors import decode_infer, encode_infer, metadata
-from serving.wire import Answer, Refusal, Rows, as_json, refused
+from serving.protocol import decode_feedback, decode_predict
+from serving.tensors import decode_infer, metadata
+from serving.wire import Answer, Asked, Refusal, Rows, Scored, as_json, refused
 
 
 class Service:
@@ -54,26 +55,24 @@ class Service:
 
     def predict(self, workload: str, body: bytes) -> Answer:
         """`POST /predict/{workload}`."""
-        began = time.perf_counter()
-        model, bundle = self.champion(workload)
-        rows = decode_predict(body, bundle.schema)
-        scores, actions = self._score(model, bundle, rows)
-        base = new_base(time.time_ns() // 1_000_000)
-        content = encode_predict(workload, model.version, batch_ids(base, len(rows)), scores, actions)
-        self._record(model, bundle.schema, rows, scores, actions, base=base, began=began)
-        return Answer(200, content, len(rows))
+        return self._answer(workload, partial(decode_predict, body))
 
     def infer(self, workload: str, body: bytes) -> Answer:
         """`POST /v2/models/{workload}/infer`."""
+        return self._answer(workload, partial(decode_infer, body))
+
+    def _answer(self, workload: str, decode: Callable[[Model], Asked]) -> Answer:
         began = time.perf_counter()
         model, bundle = self.champion(workload)
-        rows, request = decode_infer(body, bundle.schema)
+        asked = decode(model)
+        rows = asked.rows
+        if rows.times is None:
+            rows.times = np.full(len(rows), time.time_ns() // 1000)
         scores, actions = self._score(model, bundle, rows)
         base = new_base(time.time_ns() // 1_000_000)
-        ids = batch_ids(base, len(rows))
-        content = encode_infer(workload, model.version, request, ids=ids, scores=scores, actions=actions)
+        answer = asked.answer(Scored(model, {SCORE: scores}, batch_ids(base, len(rows)), actions))
         self._record(model, bundle.schema, rows, scores, actions, base=base, began=began)
-        return Answer(200, content, len(rows))
+        return answer
 
     def feedback(self, workload: str, body: bytes) -> Answer:
         """`POST /feedback/{workload}`."""

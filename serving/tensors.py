@@ -1,33 +1,248 @@
-"""The JSON form of the Open Inference Protocol v2: each raw column is an input tensor of shape [n] or [n, 1].
+"""Inference requests of the Open Inference Protocol v2 over HTTP: JSON, with tensors in it or as bytes behind it.
 
-Missing values: null, or "" in a BYTES tensor. Outputs: `score`, `action` and `prediction_id`. Source of the protocol:
-github.com/kserve/open-inference-protocol, specification/protocol. Not here: binary tensors, gRPC, model repositories.
+A workload takes its raw columns (`serving.columns`) and answers `score`, `action` and `prediction_id`; a plain model
+takes and answers its graph's own tensors, and `prediction_id` where it is asked for by name. Source of the protocol:
+github.com/kserve/open-inference-protocol, specification/protocol. Not here: gRPC (`serving.rpc`), model repositories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import orjson
 
-from noria.column import MISSING, NUMPY, Column, parse_column, parse_value
 from noria.errors import SchemaError
+from noria.runtime import SCORE
 from noria.schema import Schema
+from serving import binary
+from serving.columns import Given, to_rows
 from serving.model import COLUMN_TYPES, Model, Tensor
-from serving.protocol import event_times, limit_rows, parse_json
-from serving.wire import Refusal, Rows
+from serving.plain import exact_rows
+from serving.protocol import parse_json
+from serving.wire import Answer, Refusal, Rows, Scored
 
-WHOLE = frozenset({"INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"})
-DECIMAL = frozenset({"FP16", "FP32", "FP64"})
-ACCEPTED = {
-    "number": WHOLE | DECIMAL,
-    "integer": WHOLE,
-    "string": frozenset({"BYTES"}),
-    "text": frozenset({"BYTES"}),
-    "timestamp": frozenset({"INT64", "BYTES"}),
-}
+PREDICTION_ID = "prediction_id"
+FORM = 'An inference request is {"inputs": [{"name", "datatype", "shape", "data"}, ...]}.'
+MOST_DIMENSIONS = 16
+LARGEST_EMPTY = 2**16
+"""Largest size beside a zero in a shape: such a tensor brings no data that would bound what a graph makes of it."""
+
+
+class Infer:
+    """A decoded v2 request over HTTP."""
+
+    __slots__ = ("id", "rows", "wanted")
+
+    def __init__(self, rows: Rows, name: str | None, wanted: dict[str, bool] | None) -> None:
+        self.rows = rows
+        self.id = name
+        self.wanted = wanted
+        """Outputs to answer, and whether as bytes; None: all, as JSON."""
+
+    def answer(self, scored: Scored) -> Answer:
+        """The inference response."""
+        model = scored.model
+        content: dict[str, Any] = {"model_name": model.workload, "model_version": str(model.version)}
+        if self.id is not None:
+            content["id"] = self.id
+        outputs: list[dict[str, Any]] = []
+        content["outputs"] = outputs
+        chunks: list[bytes] = []
+        wanted = self.wanted
+        for name, datatype, shape, values in results(scored, wanted):
+            entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
+            outputs.append(entry)
+            if wanted is not None and wanted[name]:
+                chunk = binary.write(datatype, values)
+                entry["parameters"] = {"binary_data_size": len(chunk)}
+                chunks.append(chunk)
+            else:
+                entry["data"] = values.tolist() if values.__class__ is np.ndarray and values.dtype == object else values
+        head = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        if not chunks:
+            return Answer(200, head, self.rows.count)
+        headers = ((binary.HEADER, str(len(head)).encode()),)
+        return Answer(200, b"".join((head, *chunks)), self.rows.count, binary.CONTENT_TYPE, headers)
+
+
+def results(scored: Scored, wanted: Mapping[str, Any] | None) -> list[tuple[str, str, Sequence[int], Any]]:
+    """Name, datatype, shape and flat values (an array or a list) of the outputs that are wanted; None: all."""
+    count = len(scored.ids)
+    if scored.model.bundle is not None:
+        every: dict[str, tuple[str, Any]] = {
+            SCORE: ("FP32", scored.outputs[SCORE]),
+            "action": ("BYTES", [action or "" for action in scored.actions]),
+            PREDICTION_ID: ("BYTES", list(scored.ids)),
+        }
+        names = every if wanted is None else wanted
+        return [(name, every[name][0], (count,), every[name][1]) for name in names]
+    found: list[tuple[str, str, Sequence[int], Any]] = []
+    types = {one.name: one.datatype for one in scored.model.outputs}
+    for name in types if wanted is None else wanted:
+        if name in types:
+            array = scored.outputs[name]
+            found.append((name, types[name], array.shape, array.ravel()))
+        else:
+            found.append((name, "BYTES", (count,), list(scored.ids)))
+    return found
+
+
+def decode_infer(body: bytes, model: Model, json_length: int | None = None) -> Infer:
+    """A request over HTTP; `json_length` is what the header Inference-Header-Content-Length says, None without it.
+
+    Raises:
+        Refusal: 400 it is not the protocol or does not fit the model, 413 too many rows.
+    """
+    tail = None
+    if json_length is not None:
+        body, tail = binary.split(body, json_length)
+    content = parse_json(body)
+    inputs = content.get("inputs") if isinstance(content, dict) else None
+    if not isinstance(inputs, list):
+        raise Refusal(400, FORM)
+    name = content.get("id")
+    if name is not None and not isinstance(name, str):
+        raise Refusal(400, "'id' must be a string.")
+    rows = read_rows(model, _given(inputs, tail))
+    wanted = None
+    if "outputs" in content or "parameters" in content:
+        wanted = _wanted(content, model)
+    return Infer(rows, name, wanted)
+
+
+def read_rows(model: Model, given: Mapping[str, Given]) -> Rows:
+    """The rows of inputs as they were sent, by name. Raises Refusal 400 or 413."""
+    if model.bundle is None:
+        return exact_rows(given, model)
+    try:
+        return to_rows(given, model.bundle.schema)
+    except SchemaError as error:
+        raise Refusal(400, str(error)) from None
+
+
+def output_names(model: Model) -> list[str]:
+    """Outputs that may be asked for."""
+    return [*dict.fromkeys([*(one.name for one in model.outputs), PREDICTION_ID])]
+
+
+def _given(inputs: list[Any], tail: memoryview | None) -> dict[str, Given]:
+    """The inputs by name: JSON data flat, bytes as arrays."""
+    given: dict[str, Given] = {}
+    for entry in inputs:
+        if entry.__class__ is not dict:
+            raise Refusal(400, "Every input is an object with name, datatype, shape and data.")
+        name, datatype, shape = entry.get("name"), entry.get("datatype"), entry.get("shape")
+        if name.__class__ is not str or datatype.__class__ is not str:
+            raise Refusal(400, "Every input is an object with name, datatype, shape and data.")
+        if name in given:
+            raise Refusal(400, f"The input '{name}' is there twice.")
+        if shape.__class__ is not list:
+            raise Refusal(400, f"The input '{name}' has no shape; it is a list of whole numbers.")
+        count = _count(name, shape)
+        data = entry.get("data")
+        if data.__class__ is list and "parameters" not in entry:
+            if data and data[0].__class__ is list:
+                data = _flat(name, shape, data)
+            if len(data) != count:
+                raise Refusal(400, f"The input '{name}' has {len(data)} values and the shape says {count}.")
+        else:
+            data, tail = _sent(entry, count, tail)
+        given[name] = (datatype, shape, data)
+    if tail:
+        raise Refusal(400, f"Behind the tensors there are {len(tail)} bytes that belong to none.")
+    return given
+
+
+def _count(name: str, shape: list[Any]) -> int:
+    """Elements of a shape."""
+    if len(shape) > MOST_DIMENSIONS:
+        raise Refusal(400, f"The input '{name}' has {len(shape)} dimensions; at most {MOST_DIMENSIONS} are served.")
+    count = 1
+    for size in shape:
+        if size.__class__ is not int or size < 0:
+            raise Refusal(400, f"The input '{name}' has a wrong shape; it is a list of whole numbers from 0.")
+        count *= size
+    if count == 0 and max(shape) > LARGEST_EMPTY:
+        raise Refusal(400, f"The input '{name}' is empty; no number of its shape may be above {LARGEST_EMPTY}.")
+    return count
+
+
+def _sent(entry: dict[str, Any], count: int, tail: memoryview | None) -> tuple[Any, memoryview | None]:
+    """The data of an input that is not plain JSON, and the bytes behind it."""
+    name, shape, data = entry["name"], entry["shape"], entry.get("data")
+    parameters = entry.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise Refusal(400, f"The parameters of the input '{name}' must be an object.")
+    if "shared_memory_region" in parameters:
+        raise Refusal(400, f"The input '{name}' is in shared memory, which is not served; send its data.")
+    size = parameters.get("binary_data_size")
+    if size is None:
+        if not isinstance(data, list):
+            raise Refusal(400, f"The input '{name}' has no data; send it as a list of {count} values.")
+        flat = _flat(name, shape, data) if data and isinstance(data[0], list) else data
+        if len(flat) != count:
+            raise Refusal(400, f"The input '{name}' has {len(flat)} values and the shape says {count}.")
+        return flat, tail
+    if data is not None:
+        raise Refusal(400, f"The input '{name}' has both data and binary_data_size; send one of them.")
+    if tail is None:
+        raise Refusal(400, f"The input '{name}' is sent as bytes; add the header Inference-Header-Content-Length.")
+    if size.__class__ is not int or not 0 <= size <= len(tail):
+        shown = str(size)[:40]
+        raise Refusal(400, f"The input '{name}' has the binary_data_size {shown}; the body has {len(tail)} bytes left.")
+    return binary.read(name, entry["datatype"], shape, tail[:size]), tail[size:]
+
+
+def _flat(name: str, shape: list[int], data: list[Any]) -> list[Any]:
+    """Nested lists in the tensor's own shape, row by row."""
+    for level, size in enumerate(shape[1:], 1):
+        if not all(part.__class__ is list and len(part) == size for part in data):
+            raise Refusal(400, f"The data of the input '{name}' is nested otherwise than its shape at level {level}.")
+        data = list(chain.from_iterable(data))
+    return data
+
+
+def _wanted(content: dict[str, Any], model: Model) -> dict[str, bool] | None:
+    """Outputs that are asked for, and whether as bytes; None: all, as JSON."""
+    parameters, outputs = content.get("parameters", {}), content.get("outputs", [])
+    if not isinstance(parameters, dict):
+        raise Refusal(400, "'parameters' must be an object.")
+    if not isinstance(outputs, list):
+        raise Refusal(400, "'outputs' must be a list of objects with a name.")
+    every = _flag(parameters, "binary_data_output", False)
+    if not outputs:
+        return {one.name: True for one in model.outputs} if every else None
+    wanted: dict[str, bool] = {}
+    for entry in outputs:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        asked = entry.get("parameters", {}) if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not isinstance(asked, dict):
+            raise Refusal(400, "Every output that is asked for is an object with a name.")
+        check_output(name, wanted, model)
+        for unserved in ("classification", "shared_memory_region"):
+            if asked.get(unserved):
+                raise Refusal(400, f"The output '{name}' is asked for with {unserved}, which is not served.")
+        wanted[name] = _flag(asked, "binary_data", every)
+    return wanted
+
+
+def check_output(name: str, wanted: Mapping[str, Any], model: Model) -> None:
+    """Raises Refusal 400 for an output that does not exist or was asked for before."""
+    known = output_names(model)
+    if name not in known:
+        raise Refusal(400, f"There is no output '{name[:100]}'; there are: {', '.join(known)}.")
+    if name in wanted:
+        raise Refusal(400, f"The output '{name}' is asked for twice.")
+
+
+def _flag(parameters: dict[str, Any], name: str, otherwise: bool) -> bool:
+    value = parameters.get(name, otherwise)
+    if not isinstance(value, bool):
+        raise Refusal(400, f"The parameter '{name}' must be true or false.")
+    return value
 
 
 def metadata(model: Model) -> dict[str, Any]:
@@ -53,113 +268,3 @@ def example(schema: Schema, record: Mapping[str, Any]) -> dict[str, Any]:
         datatype = "BYTES" if isinstance(value, str) else COLUMN_TYPES[column.kind]
         inputs.append({"name": column.name, "datatype": datatype, "shape": [1], "data": [value]})
     return {"inputs": inputs}
-
-
-def decode_infer(body: bytes, schema: Schema) -> tuple[Rows, str | None]:
-    """Rows of an inference request, and its id.
-
-    Raises:
-        Refusal: 400 not JSON or not the protocol, 413 too many rows. SchemaError: a tensor breaks the schema.
-    """
-    content = parse_json(body)
-    inputs = content.get("inputs") if isinstance(content, dict) else None
-    if not isinstance(inputs, list):
-        raise Refusal(400, 'An inference request is {"inputs": [{"name", "datatype", "shape", "data"}, ...]}.')
-    name = content.get("id")
-    if name is not None and not isinstance(name, str):
-        raise Refusal(400, "'id' must be a string.")
-    given = _by_name(inputs, schema)
-    size = _size(given)
-    time = Column(schema.event_time, "timestamp")
-    columns = (*schema.columns, *(() if schema.event_time in schema.names else (time,)))
-    tensors = {column.name: _column(column, given.get(column.name), size) for column in columns}
-    seconds = tensors[schema.event_time]
-    if schema.event_time not in schema.names:
-        del tensors[schema.event_time]
-    schema.check(tensors)
-    return Rows(tensors, size, event_times(seconds)), name
-
-
-def encode_infer(
-    workload: str,
-    version: int,
-    request: str | None,
-    *,
-    ids: Sequence[str],
-    scores: np.ndarray,
-    actions: Sequence[str | None],
-) -> bytes:
-    """The inference response."""
-    answer: dict[str, Any] = {"model_name": workload, "model_version": str(version)}
-    if request is not None:
-        answer["id"] = request
-    shape = [len(ids)]
-    answer["outputs"] = [
-        {"name": "score", "datatype": "FP32", "shape": shape, "data": scores},
-        {"name": "action", "datatype": "BYTES", "shape": shape, "data": [action or "" for action in actions]},
-        {"name": "prediction_id", "datatype": "BYTES", "shape": shape, "data": ids},
-    ]
-    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _by_name(inputs: Sequence[Any], schema: Schema) -> dict[str, dict[str, Any]]:
-    given: dict[str, dict[str, Any]] = {}
-    known = {*schema.names, schema.event_time}
-    for entry in inputs:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
-            raise Refusal(400, "Every input is an object with name, datatype, shape and data.")
-        if name not in known:
-            raise SchemaError(f"There is no input '{name}'; there are: {', '.join(schema.names)}.", name)
-        if name in given:
-            raise SchemaError(f"The input '{name}' is there twice.", name)
-        given[name] = entry
-    return given
-
-
-def _size(given: dict[str, dict[str, Any]]) -> int:
-    """The number of rows that all inputs agree on."""
-    if not given:
-        raise Refusal(422, "There are no inputs; send one tensor a column.")
-    sizes = {}
-    for name, entry in given.items():
-        match entry.get("shape"):
-            case [int(rows)] | [int(rows), 1] if rows >= 0:
-                sizes[name] = rows
-            case _:
-                raise SchemaError(f"The input '{name}' must have the shape [n] or [n, 1].", name)
-    if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{name} {rows}" for name, rows in sizes.items())
-        raise Refusal(422, f"The inputs differ in their number of rows: {shown}.")
-    size = int(next(iter(sizes.values())))
-    if size == 0:
-        raise Refusal(422, "There are no rows; send at least one.")
-    limit_rows(size, "rows")
-    return size
-
-
-def _column(column: Column, entry: dict[str, Any] | None, size: int) -> np.ndarray:
-    """One input as the graph's tensor [n]; a column that was not sent is missing in every row."""
-    kind = column.kind
-    if entry is None:
-        return np.full(size, MISSING[kind], NUMPY[kind])
-    datatype, data = entry.get("datatype"), entry.get("data")
-    if not isinstance(datatype, str) or datatype not in ACCEPTED[kind]:
-        wanted = ", ".join(sorted(ACCEPTED[kind]))
-        sentence = f"The input '{column.name}' has the datatype {str(datatype)[:20]}; it must be one of {wanted}."
-        raise SchemaError(sentence, column.name)
-    if not isinstance(data, list):
-        raise SchemaError(f"The input '{column.name}' has no data; send it as a list of {size} values.", column.name)
-    if data and isinstance(data[0], list):
-        data = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in data]
-    if len(data) != size:
-        raise SchemaError(f"The input '{column.name}' has {len(data)} values and the shape says {size}.", column.name)
-    quick = parse_column(column, data)
-    return _careful(column, data) if quick is None else quick
-
-
-def _careful(column: Column, data: list[Any]) -> np.ndarray:
-    """Value by value, as records are read: ISO times, and the sentence that names the row of a wrong one."""
-    optional = Column(column.name, column.kind)
-    values = [parse_value(optional, value, row) for row, value in enumerate(data)]
-    return np.array(values, NUMPY[column.kind])

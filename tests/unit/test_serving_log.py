@@ -13,7 +13,7 @@ from noria.lake import Lake
 from noria.records import Window
 from serving.capture import Log, batch_ids, new_base
 from serving.drain import Drain, read
-from serving.protocol import decode_predict
+from serving.protocol import read_records
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
 RECORDS = [
@@ -28,7 +28,7 @@ def place(tmp_path):
 
 
 def put(log, schema, records=RECORDS, version=1, workload="trips"):
-    rows = decode_predict(orjson.dumps(records), schema)
+    rows = read_records(orjson.dumps(records), schema)
     base = new_base(1_584_261_000_000)
     scores = np.arange(len(records), dtype=np.float32) + 0.1
     log.predictions(
