@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -30,9 +31,11 @@ from noria.runtime import open_session, score
 from noria.schema import MISSING_INTEGER, Column, Schema
 from noria.settings import Settings
 from noria.workload import Workload
-from registry.bundle import Contents, Facts
+from registry.bundle import Contents, Facts, write
 from registry.environment import environment
 from registry.proof import Proof
+from serving.datatypes import NUMPY
+from serving.model import Model, load
 
 STREAM = Path(__file__).parent / "stream"
 """Folder of the workload that the stack of the tests runs."""
@@ -282,3 +285,39 @@ def noria(stack_environment: dict[str, str]) -> Callable[..., subprocess.Complet
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trips_model(tmp_path_factory: pytest.TempPathFactory, make_contents: Callable[..., Contents]) -> Model:
+    """The tiny workload as the server holds it."""
+    folder = tmp_path_factory.mktemp("trips") / "1"
+    write(folder, make_contents())
+    return load("trips", 1, folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def identity_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
+    """A plain model `same`: y = x, of a v2 datatype and a shape (-1: free)."""
+    folder = tmp_path_factory.mktemp("identity")
+
+    def make(datatype: str, shape: tuple[int, ...] = (-1, 3)) -> Model:
+        place = folder / f"{datatype}{shape}"
+        if not place.exists():
+            place.mkdir()
+            onnx.save(identity_graph(datatype, shape), place / "model.onnx")
+        return load("same", 1, place, "cpu", plain=True)
+
+    return functools.cache(make)
+
+
+def identity_graph(datatype: str, shape: tuple[int, ...]) -> onnx.ModelProto:
+    """y = x."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(NUMPY[datatype]))
+    sizes = [size if size >= 0 else f"free{index}" for index, size in enumerate(shape)]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "same",
+        [helper.make_tensor_value_info("x", kind, sizes)],
+        [helper.make_tensor_value_info("y", kind, sizes)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

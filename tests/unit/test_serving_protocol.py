@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from noria.column import MISSING_INTEGER
 from noria.errors import SchemaError
 from noria.schema import Column, Schema
-from serving.protocol import MOST_ROWS, Refusal, decode_feedback, decode_predict
+from serving.protocol import MOST_ROWS, decode_feedback, decode_predict, read_records
 from serving.tensors import decode_infer, example
+from serving.wire import Refusal
 
 RECORD = {"pickup": "2020-03-15T08:30:00", "vendor": "Midtown", "distance": 2.5, "zone": 1}
 
@@ -25,23 +26,23 @@ def infer(**columns):
     return orjson.dumps({"inputs": inputs})
 
 
-def test_three_ways_to_send_records(trips_schema):
+def test_three_ways_to_send_records(trips_model):
     for body in ({"records": [RECORD]}, [RECORD], RECORD):
-        rows = decode_predict(orjson.dumps(body), trips_schema)
+        rows = decode_predict(orjson.dumps(body), trips_model).rows
         assert rows.times.tolist() == [1584261000_000_000]
         assert rows.tensors["vendor"].tolist() == ["Midtown"]
 
 
 def test_event_time_beside_the_columns_and_without_it_the_clock():
     schema = Schema((Column("x", "number"),), event_time="at", target="y")
-    rows = decode_predict(b'[{"x": 1, "at": 60}, {"x": 2}]', schema)
+    rows = read_records(b'[{"x": 1, "at": 60}, {"x": 2}]', schema)
     assert rows.times[0] == 60_000_000
     assert rows.times[1] > 1_600_000_000_000_000
     assert set(rows.tensors) == {"x"}
     with pytest.raises(SchemaError, match="Row 1: 'at' is 'soon'"):
-        decode_predict(b'[{"x": 1, "at": 60}, {"x": 2, "at": "soon"}]', schema)
+        read_records(b'[{"x": 1, "at": 60}, {"x": 2, "at": "soon"}]', schema)
     with pytest.raises(SchemaError, match="years 1 to 9999"):
-        decode_predict(b'[{"x": 1, "at": 999999999999999}]', schema)
+        read_records(b'[{"x": 1, "at": 999999999999999}]', schema)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +57,9 @@ def test_event_time_beside_the_columns_and_without_it_the_clock():
         (orjson.dumps([RECORD] * (MOST_ROWS + 1)), 413, "at most 10000"),
     ],
 )
-def test_refusals_of_the_body(trips_schema, body, status, part):
+def test_refusals_of_the_body(trips_model, body, status, part):
     with pytest.raises(Refusal, match=part) as caught:
-        decode_predict(body, trips_schema)
+        decode_predict(body, trips_model)
     assert caught.value.status == status
 
 
@@ -75,16 +76,18 @@ def test_refusals_of_the_body(trips_schema, body, status, part):
         ({"pickup": 10**18}, "ISO 8601"),
     ],
 )
-def test_refusals_name_field_and_row(trips_schema, change, part):
-    with pytest.raises(SchemaError, match=part) as caught:
-        decode_predict(orjson.dumps([RECORD, {**RECORD, **change}]), trips_schema)
-    assert caught.value.row == 1
+def test_refusals_name_field_and_row(trips_model, change, part):
+    with pytest.raises(Refusal, match=part) as caught:
+        decode_predict(orjson.dumps([RECORD, {**RECORD, **change}]), trips_model)
+    assert caught.value.status == 422
+    assert "Row 1" in caught.value.message
 
 
-def test_infer_reads_tensors_with_missing_values(trips_schema):
+def test_infer_reads_tensors_with_missing_values(trips_model):
     body = infer(pickup=[60, 120], vendor=["", None], distance=[None, 3], zone=[None, 2])
-    rows, request = decode_infer(body, trips_schema)
-    assert request is None
+    asked = decode_infer(body, trips_model)
+    rows = asked.rows
+    assert asked.id is None
     assert rows.tensors["vendor"].tolist() == ["", ""]
     assert np.isnan(rows.tensors["distance"][0])
     assert rows.tensors["distance"].dtype == np.float32
@@ -92,13 +95,14 @@ def test_infer_reads_tensors_with_missing_values(trips_schema):
     assert rows.times.tolist() == [60_000_000, 120_000_000]
 
 
-def test_infer_takes_columns_of_one_and_iso_times(trips_schema):
+def test_infer_takes_columns_of_one_and_iso_times(trips_model):
     inputs = [
         {"name": "pickup", "datatype": "BYTES", "shape": [2, 1], "data": [["2020-03-15T08:30:00"], ["2020-03-16"]]},
         {"name": "vendor", "datatype": "BYTES", "shape": [2, 1], "data": [["a"], ["b"]]},
     ]
-    rows, request = decode_infer(orjson.dumps({"id": "q1", "inputs": inputs}), trips_schema)
-    assert request == "q1"
+    asked = decode_infer(orjson.dumps({"id": "q1", "inputs": inputs}), trips_model)
+    rows = asked.rows
+    assert asked.id == "q1"
     assert rows.tensors["pickup"].tolist() == [1584261000, 1584316800]
     assert np.isnan(rows.tensors["distance"]).all()  # a column that was not sent is missing
 
@@ -128,14 +132,14 @@ def test_infer_takes_columns_of_one_and_iso_times(trips_schema):
         (b'{"inputs": [{"name": "vendor", "datatype": "BYTES", "shape": [1]}]}', "no data"),
     ],
 )
-def test_infer_refusals(trips_schema, body, part):
-    with pytest.raises((Refusal, SchemaError), match=part):
-        decode_infer(body, trips_schema)
+def test_infer_refusals(trips_model, body, part):
+    with pytest.raises(Refusal, match=part) as caught:
+        decode_infer(body, trips_model)
+    assert caught.value.status == 400
 
 
-def test_infer_example_and_metadata_fit_each_other(trips_schema):
-    rows, _ = decode_infer(orjson.dumps(example(trips_schema, RECORD)), trips_schema)
-    assert len(rows) == 1
+def test_infer_takes_its_own_example(trips_schema, trips_model):
+    assert decode_infer(orjson.dumps(example(trips_schema, RECORD)), trips_model).rows.count == 1
 
 
 def test_feedback():
