@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.keys import key
 from flows.site import Site, now_of, read_state
 from noria.errors import NoriaError
 
@@ -121,6 +122,9 @@ def serve(
     site = Site.here()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run(site.settings, host=host, port=port, mlflow_url=site.address("mlflow_uri"))
+
+
+app.add_typer(key, name="key", rich_help_panel=GROUPS[1])
 
 
 @app.command(rich_help_panel=GROUPS[2])

@@ -48,6 +48,21 @@ class Settings(BaseSettings):
     workloads: str = "workloads.taxi:WORKLOAD,workloads.spam:WORKLOAD"
     """Import strings of the workloads that `noria up` deploys, separated by commas."""
 
+    keys: str = ""
+    """The server's keys file (`noria key add` writes it); empty: serving/keys.json in the home. Where it is named here
+    it must be there, or nobody gets in; otherwise no file means that no key is asked for."""
+
+    hosts: str = ""
+    """Names by which clients call the server, separated by commas, beside loopback and the address that it listens on;
+    `*`: any. Requests to another name are refused."""
+
+    rate: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """Requests a second that one key may ask for, where it has no rate of its own, or one address, where no key is
+    asked for; 0: no limit."""
+
+    access_log: str = ""
+    """File that gets a JSON line for every answer of the server, `-` for standard output; empty: none."""
+
     ingest: bool = True
     """Whether a retrain first reads new rows from the workload's own source; false where all data comes by requests."""
 
@@ -77,6 +92,11 @@ class Settings(BaseSettings):
         return self.root / "serving"
 
     @property
+    def keys_file(self) -> Path:
+        """The server's keys file, as an absolute path."""
+        return Path(self.keys).expanduser().absolute() if self.keys else self.serving / "keys.json"
+
+    @property
     def downloads(self) -> Path:
         """Folder of downloaded source data."""
         return self.cache.expanduser().absolute()
@@ -99,6 +119,11 @@ def load_settings(**changes: object) -> Settings:
         first = error.errors()[0]
         name = "NORIA_" + "_".join(str(part) for part in first["loc"]).upper()
         raise SettingsError(f"{name} is not usable: {first['msg']}. Correct it or unset it.") from None
+
+
+def variables(prefix: str) -> dict[str, str]:
+    """The environment's variables that begin with `prefix`, such as NORIA_LIMIT_ (`serving.limits` knows which)."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
 
 
 def child_environment(**extra: str) -> dict[str, str]:

@@ -1,0 +1,62 @@
+"""Which names of this server a request may use: the header `Host` against a list.
+
+A page that somebody visits can point its own name at 127.0.0.1 once it is loaded (DNS rebinding). The browser then
+takes this server for the page's own and hands over every answer, although it listens on loopback only. What such a request
+cannot hide is the name in `Host`: it is the page's. An address written in digits cannot be rebound, so where the server
+listens on every address of the machine all of those are welcome. Not here: keys, which such a page does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from serving.wire import Refusal
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+EVERY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
+ANY = "*"
+ANY_ADDRESS = "any address"
+
+
+def allowed_hosts(bind: str, names: Iterable[str] = ()) -> frozenset[str]:
+    """The allow-list: loopback names, the address that the server listens on, and `names` (`*` allows every name)."""
+    bound = _bare(bind)
+    own = ANY_ADDRESS if bound in EVERY_ADDRESS else bound
+    return frozenset({*LOOPBACK, own, *(_bare(name) for name in names if name.strip())})
+
+
+def host_allowed(header: bytes, allowed: frozenset[str]) -> bool:
+    """Whether the value of a `Host` header names this server; port, letter case and a last dot do not matter."""
+    try:
+        host = header.decode("ascii").strip().lower()
+    except UnicodeDecodeError:
+        return False
+    if host.startswith("["):
+        host, closed, port = host[1:].partition("]")
+        if not closed or (port and port[0] != ":"):
+            return False
+        port, address = port[1:], True
+    else:
+        host, _, port = host.partition(":")
+        host = host.removesuffix(".")
+        address = host.replace(".", "").isdigit()
+    if port and not port.isdigit():
+        return False
+    return host in allowed or ANY in allowed or (address and ANY_ADDRESS in allowed)
+
+
+def check_host(header: bytes | None, allowed: frozenset[str]) -> None:
+    """Raises Refusal: 400 without a `Host`, 421 for one that is not this server's.
+
+    421 (Misdirected Request) and not 403: it says that this server does not speak for that name, whoever asks, which is
+    the case; a 403 would send people looking for a key.
+    """
+    if header is None:
+        raise Refusal(400, "The request has no Host header; HTTP/1.1 asks for one.")
+    if not host_allowed(header, allowed):
+        shown = header[:80].decode("latin-1")
+        raise Refusal(421, f"This server does not answer for the host '{shown}'; add it to NORIA_HOSTS if it should.")
+
+
+def _bare(name: str) -> str:
+    return name.strip().lower().strip("[]").removesuffix(".")
