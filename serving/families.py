@@ -18,7 +18,9 @@ SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25,
 SHORT_SECONDS = (1e-5, 2.5e-5, 5e-5, *SECONDS[:-3])
 """For a wait or a run, which is a part of a request."""
 LONG_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-POWERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 4096.0, 16384.0)
+MOST = 2**14
+POWERS = tuple(float(2**power) for power in range(15))
+"""For a number of things from 1 on: the bucket of n is the number of binary digits of n - 1. The last bound is MOST."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from prometheus_client import ProcessCollector
 
 from serving import exposition, tally
-from serving.families import BY_NAME, POWERS, SECONDS, SHORT_SECONDS, Numbers, add, empty
+from serving.families import BY_NAME, MOST, SECONDS, SHORT_SECONDS, Numbers, add, empty
 from serving.tally import Tally
 
 ROUTES = frozenset({"predict", "infer", "feedback", "grpc_infer", "metadata", "health", "repository", "page"})
@@ -28,6 +28,7 @@ REASONS = frozenset(
 OTHER = "other"
 """The label of a route or reason that is not among these."""
 OK = 200
+OF_LANES = (BY_NAME["noria_batch_rows"], BY_NAME["noria_rows_total"])
 DURATION = "noria_request_duration_seconds"
 
 Key = tuple[str, str, int, int]
@@ -38,14 +39,15 @@ logger = logging.getLogger(__name__)
 class _Lane:
     """The lists that a batch of one version adds to, found once."""
 
-    __slots__ = ("requests", "routes", "rows", "rows_total", "runs", "waits")
+    __slots__ = ("requests", "routes", "rows", "runs", "waits")
 
     def __init__(self, numbers: Numbers, workload: str, version: int) -> None:
         def held(name: str, *labels: str) -> list[float]:
             return numbers[name].setdefault(labels, [0.0] * BY_NAME[name].width)
 
-        self.rows_total = held("noria_rows_total", workload, str(version))
-        self.rows, self.requests = held("noria_batch_rows", workload), held("noria_batch_requests", workload)
+        self.rows = [0.0] * BY_NAME["noria_batch_rows"].width
+        """Of this version; the family has one series for all of a workload."""
+        self.requests = held("noria_batch_requests", workload)
         self.runs = held("noria_model_run_duration_seconds", workload, str(version))
         self.waits = held("noria_queue_duration_seconds", workload)
         self.routes: dict[str, list[float]] = {}
@@ -85,23 +87,29 @@ class Metrics:
         status is counted by `answered`.
         """
         lane = self._lanes.get((workload, version)) or self._lane(workload, version)
-        lane.rows_total[0] += rows
+        count = len(seconds)
         held = lane.rows
-        held[bisect_left(POWERS, rows)] += 1
+        held[(rows - 1).bit_length() if rows <= MOST else -2] += 1
         held[-1] += rows
         held = lane.requests
-        held[bisect_left(POWERS, len(seconds))] += 1
-        held[-1] += len(seconds)
+        held[(count - 1).bit_length() if count <= MOST else -2] += 1
+        held[-1] += count
         held = lane.runs
         held[bisect_left(SHORT_SECONDS, run)] += 1
         held[-1] += run
-        last = ""
-        for route, taken in zip(routes, seconds, strict=True):
-            if route is not last:
-                held = lane.routes.get(route) or self._of_lane(lane, route, workload, version)
-                last = route
+        if count == 1:  # on an idle server every batch; setting up the loop below costs more than its body
+            held = lane.routes.get(routes[0]) or self._of_lane(lane, routes[0], workload, version)
+            taken = seconds[0]
             held[bisect_left(SECONDS, taken)] += 1
             held[-1] += taken
+        else:
+            last = ""
+            for route, taken in zip(routes, seconds, strict=True):
+                if route is not last:
+                    held = lane.routes.get(route) or self._of_lane(lane, route, workload, version)
+                    last = route
+                held[bisect_left(SECONDS, taken)] += 1
+                held[-1] += taken
         held = lane.waits
         for taken in waits:
             held[bisect_left(SHORT_SECONDS, taken)] += 1
@@ -178,6 +186,9 @@ class Metrics:
         for look in self.before:
             look()
         found = {name: {key: held.copy() for key, held in kept.copy().items()} for name, kept in self._numbers.items()}
+        for (workload, version), lane in self._lanes.copy().items():
+            batches: Numbers = {"noria_batch_rows": {(workload,): lane.rows}}
+            add(found, {**batches, "noria_rows_total": {(workload, str(version)): [lane.rows[-1]]}}, OF_LANES)
         for (route, workload, version, status), held in self._answers.copy().items():
             labels = (route, workload, str(version) if version else "", str(status))
             found["noria_requests_total"][labels] = [sum(held[:-1])]
