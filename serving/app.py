@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed
 from typing import Any
 
 from serving import openapi, pages
-from serving.metrics import CONTENT_TYPE
 from serving.service import Service
 from serving.wire import Answer, Refusal, as_json, refused
 
@@ -46,7 +46,6 @@ class App:
             "/docs": lambda _: self._html(pages.docs(service.engine)),
             "/openapi.json": lambda _: as_json(openapi.describe(service.engine.models.values())),
             "/status": lambda _: service.status(),
-            "/metrics": lambda _: self._metrics(),
             "/v2": lambda _: as_json({"name": "noria", "version": installed("noria"), "extensions": []}),
             "/v2/health/live": lambda _: as_json({"live": True}),
             "/v2/health/ready": lambda _: self._ready(service.engine.ready, "ready"),
@@ -56,8 +55,10 @@ class App:
         """The ASGI entry point."""
         if scope["type"] != "http":
             return
+        began, counted = time.perf_counter(), False
         try:
             answer = await self._answer(scope, receive)
+            counted = _route(scope["path"])[0] is not None  # by the service
         except Gone:
             return
         except Refusal as refusal:
@@ -65,6 +66,10 @@ class App:
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             answer = as_json({"error": "The server has a fault; its log tells more."}, 500)
+        if not counted:
+            route, workload = _route(scope["path"])
+            seconds = time.perf_counter() - began
+            self.service.metrics.answered(route or "page", workload, 0, answer.status, seconds)
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", str(len(answer.body)).encode()),
@@ -76,6 +81,8 @@ class App:
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         path, method = scope["path"], scope["method"]
         route, workload = _route(path)
+        if path == "/metrics" and method in ("GET", "HEAD"):
+            return await asyncio.to_thread(self._metrics, _header(scope, b"accept"))
         if route is None:
             return self._page(path, method)
         if method != "POST":
@@ -110,8 +117,9 @@ class App:
     def _ready(self, ready: bool, name: str) -> Answer:
         return as_json({name: ready}, 200 if ready else 503)
 
-    def _metrics(self) -> Answer:
-        return Answer(200, self.service.metrics.page(self.service.engine, self.service.log), 0, CONTENT_TYPE.encode())
+    def _metrics(self, accept: str) -> Answer:
+        body, content_type = self.service.metrics.page(accept)
+        return Answer(200, body, 0, content_type.encode())
 
     def _html(self, text: str) -> Answer:
         return Answer(200, text.encode(), 0, b"text/html; charset=utf-8")
@@ -129,6 +137,10 @@ def _route(path: str) -> tuple[str | None, str]:
     if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
         return "infer", parts[3]
     return None, ""
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    return b", ".join(value for name, value in scope["headers"] if name == wanted).decode("latin-1")
 
 
 def _wrong_method(method: str, path: str, right: str) -> Refusal:

@@ -48,9 +48,9 @@ class Service:
             answer = refused(Refusal(422, str(error)))
         except RecursionError:
             answer = refused(Refusal(400, "The JSON is nested too deeply."))
-        label = workload if workload in self.engine.models else ""
-        seconds = time.perf_counter() - began
-        self.metrics.answered(route, label, status=answer.status, seconds=seconds, rows=answer.rows)
+        model = self.engine.models.get(workload)
+        version = model.version if model else 0
+        self.metrics.answered(route, workload, version, answer.status, time.perf_counter() - began, answer.rows)
         return answer
 
     def predict(self, workload: str, body: bytes) -> Answer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -37,6 +38,8 @@ LOOK_SECONDS = 0.2
 """How often the desired files are looked at."""
 ROTATE_SECONDS = 0.5
 """How long a logged row waits at most until its segment is handed over."""
+METRICS_SECONDS = 1.0
+"""How often this worker's numbers are written for the other workers to add up."""
 GRACE_SECONDS = 10
 """How long requests in flight may take once the worker is told to end."""
 
@@ -67,21 +70,27 @@ class Follower:
         self._seen = mark
 
     def _take(self, request: Desired, earlier: State | None) -> None:
-        serving = self.engine.models.get(request.workload)
+        serving, began = self.engine.models.get(request.workload), time.perf_counter()
         reached = self.engine.take(request, earlier)
         if reached.status == "failed":
             logger.error("%s", reached.reason)
             if serving is None and request.fallback_version is not None:
                 self.engine.take(Desired(request.workload, request.fallback_version, request.fallback_folder))
-        if reached.status == "failed" or self.engine.models.get(request.workload) is not serving:
-            self.metrics.swapped(request.workload, reached.status)
+        model = self.engine.models.get(request.workload)
+        if reached.status == "failed" or model is not serving:
+            taken = time.perf_counter() - began if reached.status == "serving" else None
+            self.metrics.swapped(request.workload, reached.status, taken)
+        if model is not None and model is not serving:
+            if serving is not None:
+                self.metrics.unloaded(request.workload, serving.version)
+            self.metrics.loaded(request.workload, model.version, model.session.get_providers()[0])
         state.write(self.folder / "state", reached)
         self._answered[request.workload] = request.asked
 
 
 async def serve(listener: socket.socket, folder: Path, source: str, providers: Providers) -> None:
     """Serve until SIGTERM, SIGINT, or until the parent is gone; every logged row is handed over at the end."""
-    engine, metrics, log = Engine(providers), Metrics(), Log(folder / "log", source)
+    engine, metrics, log = Engine(providers), Metrics(folder / "metrics", source), Log(folder / "log", source)
     follower = Follower(engine, metrics, folder)
     follower.step()
     gc.collect()
@@ -97,10 +106,15 @@ async def serve(listener: socket.socket, folder: Path, source: str, providers: P
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = uvicorn.Server(config)
+    metrics.before += [
+        lambda: _look_at_log(metrics, engine, log),
+        lambda: metrics.connected(len(server.server_state.connections)),
+    ]
     threading.Thread(target=_end_with_parent, args=(server,), daemon=True).start()
     repeated = [
         asyncio.create_task(_repeat(follower.step, LOOK_SECONDS)),
         asyncio.create_task(_repeat(log.rotate, ROTATE_SECONDS)),
+        asyncio.create_task(_repeat(metrics.dump, METRICS_SECONDS)),
     ]
     try:
         await server.serve(sockets=[listener])
@@ -108,9 +122,23 @@ async def serve(listener: socket.socket, folder: Path, source: str, providers: P
         for task in repeated:
             task.cancel()
         log.rotate()
+        metrics.dump(ended=True)
 
 
-async def _repeat(step: Callable[[], None], seconds: float) -> None:
+def _look_at_log(metrics: Metrics, engine: Engine, log: Log) -> None:
+    """Tell the metrics what of the log is not in the lake yet."""
+    oldest: dict[str, float] = {}
+    for path in log.ready_folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it went into the lake meanwhile
+            name, written = path.name.split(".")[0], path.stat().st_mtime
+            oldest[name] = min(written, oldest.get(name, written))
+    pending = log.pending()
+    for workload in {*engine.models, *pending}:
+        metrics.log_lag(workload, *pending.get(workload, (0, 0)), oldest.get(workload))
+    metrics.log_lost(log.lost)
+
+
+async def _repeat(step: Callable[[], object], seconds: float) -> None:
     """Call `step` in a thread again and again; a failure is logged, and the next call tries again."""
     while True:
         await asyncio.sleep(seconds)
