@@ -45,6 +45,18 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(default=1.0, gt=0, le=3)
     """How often the server reads the aliases."""
 
+    workers: int = Field(default=1, ge=1, le=256)
+    """Worker processes of the server."""
+
+    load_seconds: float = Field(default=60, gt=0)
+    """How long a worker may take to load and prove one version; then the version is refused."""
+
+    load_memory_mb: int = Field(default=0, ge=0)
+    """Memory that a worker may hold while it loads; 0: half of the machine's, shared by the workers."""
+
+    repository: str = ""
+    """Folder of plain models, NAME/VERSION/model.onnx, that the server serves beside the workloads; empty: none."""
+
     workloads: str = "workloads.taxi:WORKLOAD,workloads.spam:WORKLOAD"
     """Import strings of the workloads that `noria up` deploys, separated by commas."""
 

@@ -1,43 +1,81 @@
-"""The models that answer now, and what was asked for.
+"""The models that one process answers with, and what is known about them.
 
-Swapping is replacing one reference in `Engine.models`; a request that began with the old model ends with it, and the
-old one goes when the last such request does. Not here: loading (`serving.model`), HTTP, files that say what to serve.
+A worker fills it once, from its generation, and never changes it. Not here: loading one version (`serving.model`),
+HTTP, and what to serve (`serving.generation`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from noria.errors import BundleError
 from noria.runtime import Providers
+from serving.generation import Generation
 from serving.model import Model, load
-from serving.state import Desired, State, now
+from serving.state import Desired, State, now, read
+
+
+class Unloadable(BundleError):
+    """A version of a generation cannot be loaded: its workload, its number, and why."""
+
+    def __init__(self, workload: str, version: int, reason: str) -> None:
+        super().__init__(workload, version, reason)
+        self.workload, self.version, self.reason = workload, version, reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass
 class Engine:
-    """The models that answer now, by workload, and what was asked for."""
+    """The models that answer, by workload, and what is known about them."""
 
     providers: Providers = "auto"
     models: dict[str, Model] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
+    """Since when each answers, and what it replaced."""
     failures: dict[str, State] = field(default_factory=dict)
     """The last version that was refused, until another one serves."""
     known: dict[str, Desired] = field(default_factory=dict)
+    """What should serve; no version: the workload is registered and has no champion yet."""
+    missing: tuple[str, ...] = ()
+    """Workloads of which nothing could be loaded when this process started."""
 
     @property
     def ready(self) -> bool:
-        """Something serves, and every workload that should serve does."""
-        wanted = {name for name, desired in self.known.items() if desired.version is not None}
-        return bool(self.models) and wanted <= set(self.models)
+        """Something serves, and every workload that should have been loaded at the start was."""
+        wanted = (self.known.get(name) for name in self.missing)
+        return bool(self.models) and all(desired is None or desired.version is None for desired in wanted)
 
-    def take(self, desired: Desired, earlier: State | None = None) -> State:
-        """Make the workload's requests answered by the desired version, or refuse it and leave things as they are.
+    def load(self, generation: Generation, began: Callable[[str, int], None]) -> None:
+        """Load, warm and prove everything that a generation names; `began` hears of each before it is tried.
 
-        Call it beside the event loop (it takes as long as loading takes). `earlier` is what the last worker said; its
-        `since` is kept when it served the same version.
+        Raises:
+            Unloadable: one of them cannot be loaded.
         """
+        self.missing = generation.missing
+        self.known.update(generation.entries)
+        for workload, entry in generation.entries.items():
+            if entry.version is None:
+                continue
+            began(workload, entry.version)
+            reached = self.take(entry)
+            if reached.status == "failed":
+                raise Unloadable(workload, entry.version, reached.reason)
+
+    def follow(self, folder: Path) -> None:
+        """Take in what the server's files say about the workloads by now; the models stay as they are."""
+        self.known = read(folder / "desired", Desired)
+        self.failures = read(folder / "failed", State)
+        for workload, reached in read(folder / "state", State).items():
+            model = self.models.get(workload)
+            if model is not None and model.version == reached.version and reached.status == "serving":
+                self.states[workload] = reached
+
+    def take(self, desired: Desired) -> State:
+        """Make the workload's requests answered by the desired version, or refuse it and leave things as they are."""
         serving = self.models.get(desired.workload)
         replaced = serving.version if serving else None
         if desired.version is None:
@@ -52,10 +90,7 @@ class Engine:
                 failed = State(desired.workload, desired.version, "failed", str(error), now(), desired.asked, replaced)
                 self.failures[desired.workload] = failed
                 return failed
-            since = now()
-            if earlier and earlier.status == "serving" and earlier.version == desired.version:
-                since, replaced = earlier.since, earlier.replaced
-            state = State(desired.workload, desired.version, "serving", "", since, desired.asked, replaced)
+            state = State(desired.workload, desired.version, "serving", "", now(), desired.asked, replaced)
             self.models[desired.workload] = model
             self.failures.pop(desired.workload, None)
         self.states[desired.workload] = state

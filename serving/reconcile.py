@@ -1,7 +1,8 @@
 """From the registry's aliases to what the workers serve, and back: what happened is written on the version's tags.
 
 One `step` is one poll. A version is tried once each time the alias comes to name it; a version that fails leaves the
-one before it serving. Not here: loading (`serving.engine`), processes (`serving.supervise`).
+one before it serving. One that served and cannot be loaded any more, because its copy on this disk was damaged, is
+fetched again. Not here: loading (`serving.engine`), processes (`serving.fleet`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from noria.errors import BundleError, RegistryError
 from registry.aliases import aliases
@@ -20,8 +22,6 @@ from serving import state
 from serving.state import Desired, State
 
 TAG = "noria.serving"
-PATIENCE_SECONDS = 60
-"""How long a worker may take to load a version."""
 LONGEST_PAUSE = 30.0
 """Between two tries to read what MLflow does not give."""
 
@@ -30,14 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pending:
-    """A version that the worker was asked for."""
+    """A version that the workers were asked for, and have not answered about yet."""
 
     desired: Desired
-    starts: int
-    """Workers started when it was asked: more of them since means that a worker died of it."""
-    deadline: float
-    restored: bool = False
-    """Asked before this process, or this worker, started."""
+    origin: Literal["new", "restored", "repaired"] = "new"
+    """Restored: an earlier process asked for it. Repaired: it served, and was fetched again."""
     previous: int | None = None
     """What the alias `previous` named when it was asked."""
 
@@ -45,12 +42,16 @@ class Pending:
 class Reconciler:
     """Polls the aliases; keeps the desired files right. Used by one thread."""
 
-    def __init__(self, store: Store, bundles: Path, folder: Path, starts: Callable[[], int]) -> None:
-        self.store, self.bundles, self.starts = store, bundles, starts
+    def __init__(self, store: Store, bundles: Path, folder: Path) -> None:
+        self.store, self.bundles = store, bundles
         self.desired_folder, self.state_folder = folder / "desired", folder / "state"
+        self.failed_folder = folder / "failed"
         self._handled: dict[str, int] = {}
         """The version that the alias named when it was last acted on."""
         self._pending: dict[str, Pending] = {}
+        self._lost: set[str] = set()
+        """Requests for versions that the registry does not hold whole either."""
+        self._clashes: set[str] = set()
         self._unsaid: dict[tuple[str, int], str] = {}
         """Tags not written yet, by workload and version."""
         self._unreachable = ""
@@ -58,13 +59,13 @@ class Reconciler:
         # What an earlier process asked for is settled again: it may have been killed before it told the registry.
         for desired in self._desired().values():
             if desired.version is not None:
-                self._wait_for(desired, restored=True)
+                self._pending[desired.workload] = Pending(desired, "restored")
 
     def step(self) -> None:
-        """Settle what the worker answered, then act on every alias that has moved."""
-        self._notice()
+        """Settle what the workers answered, then act on every alias that has moved."""
         for pending in list(self._pending.values()):
             self._settle(pending)
+        self._repair()
         try:
             found = aliases(self.store)
         except RegistryError as error:
@@ -79,17 +80,22 @@ class Reconciler:
             self._follow(workload, named)
         self._say()
 
-    def _notice(self) -> None:
-        """A worker that started anew may fail on what its forerunner served: the copy on this disk was damaged."""
-        answers = state.read(self.state_folder, State)
+    def _repair(self) -> None:
+        """A version that serves and cannot be loaded any more is fetched again, and asked for once more."""
+        failures = state.read(self.failed_folder, State)
         for workload, desired in self._desired().items():
-            reached = answers.get(workload)
-            if workload in self._pending or reached is None or desired.version is None:
+            failed = failures.get(workload)
+            if failed is None or desired.version is None or failed.asked != desired.asked:
                 continue
-            if reached.asked == desired.asked and reached.status == "failed":
-                self._wait_for(desired, restored=True)
+            if workload in self._pending or desired.asked in self._lost or not self._due(workload):
+                continue
+            logger.warning("%s It is fetched again.", failed.reason)
+            if not self._ask(workload, desired.version, again=True):
+                self._lost.add(desired.asked)
 
     def _follow(self, workload: str, named: Mapping[str, int]) -> None:
+        if self._clash(workload):
+            return
         number = named.get("champion")
         if number is None:
             self._without(workload)
@@ -105,46 +111,46 @@ class Reconciler:
             del self._handled[workload]
             logger.warning("%s has no champion any more; version %s goes on serving.", workload, serving.version)
 
-    def _ask(self, workload: str, number: int, previous: int | None) -> None:
-        """Fetch, check, and ask the worker for it."""
+    def _ask(self, workload: str, number: int, previous: int | None = None, *, again: bool = False) -> bool:
+        """Fetch, check, and ask the workers for it. False: what the registry holds is not usable."""
         try:
             version = self.store.get(workload, number)
             if not any(name.startswith("noria.") for name in version.tags) and workload not in self._handled:
                 self._handled[workload] = number
-                return
+                return True
             bundle = self.store.fetch(version, self.bundles)
         except BundleError as error:
             self._handled[workload] = number
             self._report(workload, number, f"failed: {error}")
-            return
+            return False
         except RegistryError as error:
             self._pause(workload, str(error))
-            return
-        before = self._desired().get(workload) or Desired(workload, None)
+            return True
+        back, folder = self._fallback(workload, number)
         desired = Desired(
-            workload, number, str(bundle.folder), uuid.uuid4().hex,
-            fallback_version=before.version, fallback_folder=before.folder,
-        )  # fmt: skip
-        self._wait_for(desired, previous=previous)
+            workload, number, str(bundle.folder), uuid.uuid4().hex, fallback_version=back, fallback_folder=folder
+        )
+        self._pending[workload] = Pending(desired, "repaired" if again else "new", previous)
         state.write(self.desired_folder, desired)
+        return True
 
-    def _wait_for(self, desired: Desired, restored: bool = False, previous: int | None = None) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        self._pending[desired.workload] = Pending(desired, max(self.starts(), 1), deadline, restored, previous)
+    def _fallback(self, workload: str, number: int) -> tuple[int | None, str]:
+        """What serves now: version and folder."""
+        before = self._desired().get(workload) or Desired(workload, None)
+        failed = state.read(self.failed_folder, State).get(workload)
+        if before.version == number or (failed is not None and failed.asked == before.asked):
+            return before.fallback_version, before.fallback_folder
+        return before.version, before.folder
 
     def _settle(self, pending: Pending) -> None:
-        """Act on the worker's answer, when there is one."""
-        workload, number = pending.desired.workload, pending.desired.version or 0
+        """Act on the workers' answer, when there is one."""
+        workload, asked = pending.desired.workload, pending.desired.asked
+        failed = state.read(self.failed_folder, State).get(workload)
         reached = state.read(self.state_folder, State).get(workload)
-        if reached is not None and reached.asked == pending.desired.asked:
-            if reached.status == "serving":
-                self._served(pending, reached)
-            else:
-                self._refuse(pending, reached.reason)
-        elif self.starts() > pending.starts:
-            self._refuse(pending, "The worker died while it loaded this version.")
-        elif time.monotonic() > pending.deadline:
-            self._refuse(pending, f"The worker did not load version {number} within {PATIENCE_SECONDS} s.")
+        if failed is not None and failed.asked == asked:
+            self._refuse(pending, failed.reason)
+        elif reached is not None and reached.asked == asked:
+            self._served(pending, reached)
 
     def _served(self, pending: Pending, reached: State) -> None:
         workload, number = reached.workload, reached.version
@@ -153,21 +159,19 @@ class Reconciler:
         else:
             self._report(workload, number, f"serving since {reached.since}, replaced version {reached.replaced}")
             self._report(workload, reached.replaced, f"replaced by version {number} at {reached.since}")
-            if not pending.restored:
+            if pending.origin == "new":
                 self._keep_previous(pending, reached.replaced)
         self._done(pending)
 
     def _refuse(self, pending: Pending, reason: str) -> None:
-        """Go back to what served before."""
+        """Go back to what served before; but a version that is not new may be sound, and its copy on this disk not."""
         workload, number = pending.desired.workload, pending.desired.version or 0
+        if pending.origin == "restored":
+            del self._pending[workload]
+            return
         asked = pending.desired
         back = Desired(workload, asked.fallback_version, asked.fallback_folder, uuid.uuid4().hex)
         state.write(self.desired_folder, back)
-        if pending.restored:
-            # The copy on this disk may be at fault: it is fetched and asked for once more.
-            del self._pending[workload]
-            self._handled.pop(workload, None)
-            return
         self._report(workload, number, f"failed: {reason}")
         self._done(pending)
 
@@ -202,7 +206,18 @@ class Reconciler:
             del self._unsaid[workload, number]
 
     def _desired(self) -> dict[str, Desired]:
-        return state.read(self.desired_folder, Desired)
+        desired = state.read(self.desired_folder, Desired)
+        return {workload: entry for workload, entry in desired.items() if not entry.plain}
+
+    def _clash(self, workload: str) -> bool:
+        """Whether the name is a model's of the repository; said once."""
+        if not (self.desired_folder / f"{workload}.json").exists() or workload in self._desired():
+            return False
+        if workload not in self._clashes:
+            self._clashes.add(workload)
+            logger.error("%s is a registered workload and a folder of the model repository. The folder is served; "
+                         "rename it to serve the workload.", workload)  # fmt: skip
+        return True
 
     def _due(self, workload: str) -> bool:
         return time.monotonic() >= self._retry_at.get(workload, (0.0, 0.0))[0]

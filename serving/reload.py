@@ -1,8 +1,8 @@
 """`noria serve`: one parent that keeps workers serving what the registry's aliases say.
 
-The parent polls the alias `champion` of every registered model, fetches and checks the bundle, asks the worker for it,
-and tells the version's tags what came of it. It also keeps the worker alive and moves the prediction log into the lake.
-MLflow may be away: what was fetched goes on serving, also through a restart.
+The parent polls the alias `champion` of every registered model, fetches and checks the bundle, starts workers that
+serve it, and tells the version's tags what came of it. It keeps the workers alive and moves the prediction log into the
+lake. MLflow may be away: what was fetched goes on serving, also through a restart.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from __future__ import annotations
 import fcntl
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from noria.errors import ServiceError
 from noria.settings import Settings
 from registry.store import Store
 from serving.drain import Drain
+from serving.fleet import Fleet
 from serving.reconcile import Reconciler
-from serving.supervise import Worker, listen
+from serving.supervise import MB, Plan, listen
 
 DRAIN_SECONDS = 0.3
 LAST_DRAIN_SECONDS = 60
@@ -29,7 +33,7 @@ LAST_DRAIN_SECONDS = 60
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, host: str, port: int, mlflow_url: str) -> None:
+def serve(settings: Settings, host: str, port: int, mlflow_url: str, grpc_port: int | None = None) -> None:
     """Serve until SIGTERM or SIGINT; blocks. Requests in flight are finished and the log is drained before it returns.
 
     Raises:
@@ -37,29 +41,45 @@ def serve(settings: Settings, host: str, port: int, mlflow_url: str) -> None:
     """
     with _alone(settings.serving):
         listener = listen(host, port)
-        worker = Worker(listener, settings.serving, settings.providers)
-        drain = Drain(settings.serving / "log", str(settings.lake))
-        reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving, lambda: worker.starts)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        worker.start()
+        fleet = Fleet(_plan(settings, listener, grpc_port), settings.workers)
+        drain = Drain(settings.serving / "log", str(settings.lake))
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
-        threads = [
-            threading.Thread(target=_repeat, args=(reconciler.step, settings.poll_seconds, stop), name="reconcile"),
-            threading.Thread(target=_repeat, args=(drain.step, DRAIN_SECONDS, stop), name="drain"),
-        ]
+        threads = [threading.Thread(target=_repeat, args=(drain.step, DRAIN_SECONDS, stop), name="drain")]
+        if mlflow_url:
+            reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
+            every = settings.poll_seconds
+            threads.append(threading.Thread(target=_repeat, args=(reconciler.step, every, stop), name="reconcile"))
         for thread in threads:
             thread.start()
         try:
-            while not stop.wait(0.1):
-                worker.check()
+            _repeat_quickly(fleet, stop)
         finally:
             stop.set()
-            worker.stop()
+            fleet.stop()
             for thread in threads:
                 thread.join()
             _drain_rest(drain)
+
+
+def _plan(settings: Settings, listener: socket.socket, grpc_port: int | None) -> Plan:
+    memory = settings.load_memory_mb * MB or psutil.virtual_memory().total // 2 // settings.workers
+    return Plan(listener, settings.serving, settings.providers, grpc_port, settings.load_seconds, memory)
+
+
+def _repeat_quickly(fleet: Fleet, stop: threading.Event) -> None:
+    """Keep the fleet as it should be; a fault of one step is logged, since the workers answer without it."""
+    pause, last = 0.0, ""
+    while not stop.wait(pause):
+        try:
+            pause, last = fleet.step(), ""
+        except Exception as error:
+            pause = 0.5
+            if str(error) != last:
+                logger.exception("The workers could not be looked after; it is tried again.")
+            last = str(error)
 
 
 @contextmanager

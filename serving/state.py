@@ -1,7 +1,10 @@
-"""The files through which the reconciler and the workers speak: what should serve, and what does. Both survive both.
+"""The files in which the parts of the server speak: what should serve, and what does. They survive every process.
 
-    desired/<workload>.json   written by the reconciler   which bundle the workers should serve
-    state/<workload>.json     written by a worker         which version it serves, or why it refused the last one
+    desired/<workload>.json       by whoever follows aliases or a repository   what should serve
+    generations/<number>.json     by the fleet          what a worker process loads (`serving.generation`)
+    state/<workload>.json         by the fleet          which version answers
+    failed/<workload>.json        by the fleet          the last version that was refused, until another one answers
+    swaps.json                    by the fleet          how many versions were served and refused, by workload
 
 Files are written aside and renamed, so a reader never sees half of one. Not here: any decision.
 """
@@ -28,7 +31,7 @@ class Desired:
     asked: str = ""
     """Names this request; the worker's answer repeats it."""
     fallback_version: int | None = None
-    """What a worker serves that starts anew and cannot load the version."""
+    """What serves when a worker starts anew and cannot load the version."""
     fallback_folder: str = ""
     plain: bool = False
     """No bundle but any `model.onnx`, of a model repository."""
@@ -36,7 +39,7 @@ class Desired:
 
 @dataclass(frozen=True)
 class State:
-    """What a worker made of a request."""
+    """What came of a request."""
 
     workload: str
     version: int
@@ -61,14 +64,32 @@ def now() -> str:
 
 def write(folder: Path, record: Desired | State) -> None:
     """Replace the workload's file in `folder` in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{record.workload}.json"
-    aside = target.with_suffix(f".{os.getpid()}.aside")
+    write_file(folder / f"{record.workload}.json", asdict(record))
+
+
+def write_file(target: Path, data: object) -> None:
+    """Replace a JSON file in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.{os.getpid()}.aside")
     with aside.open("w") as file:
-        json.dump(asdict(record), file)
+        json.dump(data, file)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(target)
+
+
+def remove(folder: Path, workload: str) -> None:
+    """Remove the workload's file in `folder`, if there is one."""
+    (folder / f"{workload}.json").unlink(missing_ok=True)
+
+
+def swaps(folder: Path) -> dict[str, dict[str, int]]:
+    """By workload, how many versions were served ("serving") and refused ("failed") since this home was made."""
+    try:
+        found: dict[str, dict[str, int]] = json.loads((folder / "swaps.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def read(folder: Path, kind: type[Record]) -> dict[str, Record]:

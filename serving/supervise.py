@@ -1,30 +1,34 @@
-"""The worker process and the socket that it answers on: start it, start it again when it dies, end it.
+"""One worker process, seen from its parent: start it, hear what it reports, watch it while it loads, end it.
 
-The parent holds the listening socket, so connections that arrive while a worker is replaced wait instead of failing.
-Not here: what the worker should serve.
+The worker loads what its generation names and proves it, says so, and waits; only when it is told to (`go`) does it
+accept connections. So whatever a version does while it loads, no request meets it. The parent holds the listening
+socket: connections that arrive while no worker accepts wait instead of failing.
+Not here: what should serve, and how many workers there are (`serving.fleet`).
 """
 
 from __future__ import annotations
 
-import logging
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import psutil
 
 from noria.errors import ServiceError
 from noria.runtime import Providers
 from noria.settings import child_environment
 
 BACKLOG = 2048
-STEADY_SECONDS = 5
-"""A worker that lived this long is started again at once; one that did not waits, longer each time."""
-LONGEST_WAIT = 5.0
-END_SECONDS = 15
-
-logger = logging.getLogger(__name__)
+MB = 2**20
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -43,63 +47,180 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What every worker of a server has in common."""
+
+    listener: socket.socket
+    folder: Path
+    """The server's state."""
+    providers: Providers = "auto"
+    grpc_port: int | None = None
+    load_seconds: float = 60
+    """How long loading and proving one version may take."""
+    load_memory: int = 0
+    """Bytes that a worker may hold while it loads; 0: no limit."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker ended, or had to be ended."""
+
+    reason: str
+    """A sentence."""
+    workload: str = ""
+    """Whose version it was loading; empty: none, so no version is to blame."""
+
+
 class Worker:
-    """One worker process, kept alive."""
+    """A started worker process. Used by one thread, the one that started it."""
 
-    def __init__(self, listener: socket.socket, folder: Path, providers: Providers) -> None:
-        self.listener, self.folder, self.providers = listener, folder, providers
-        self.starts = 0
-        """How often a worker was started; grows when one died."""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started = 0.0
-        self._wait = 0.0
-
-    def start(self) -> None:
-        """Start a worker; its standard input is the pipe that ends with this process."""
-        command = [
-            sys.executable, "-m", "serving.worker", "--socket", str(self.listener.fileno()),
-            "--folder", str(self.folder), "--source", uuid.uuid4().hex[:12], "--providers", self.providers,
-        ]  # fmt: skip
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            pass_fds=[self.listener.fileno()],
-            start_new_session=True,
-            env=child_environment(PYTHONPATH=_search_path()),
-        )
-        self._started = time.monotonic()
-        self.starts += 1
-
-    def check(self) -> bool:
-        """Start it again when it has died; returns whether it had."""
-        if self._process is None or self._process.poll() is None:
-            return False
-        lived = time.monotonic() - self._started
-        self._wait = 0.0 if lived > STEADY_SECONDS else min(LONGEST_WAIT, self._wait * 2 + 0.2)
-        logger.error("The worker ended with code %s after %.0f s; starting another.", self._process.returncode, lived)
-        self._close_pipe()
-        time.sleep(self._wait)
-        self.start()
-        return True
-
-    def stop(self) -> None:
-        """Let it finish the requests in flight, then end; killed when it does not."""
-        self.listener.close()
-        if self._process is None:
-            return
-        self._process.terminate()
+    def __init__(self, plan: Plan, generation: int, path: Path) -> None:
+        """Start it. Its standard input is the pipe that ends with this process."""
+        self.plan, self.generation = plan, generation
+        self.phase: Literal["loading", "loaded", "opening", "accepting"] = "loading"
+        self.failure: Failure | None = None
+        self.report: dict[str, Any] = {}
+        """What it said when it had loaded: `seconds` since its start, `memory_mb`."""
+        self.started = self._since = self._retired = time.monotonic()
+        self._loading: tuple[str, int] | None = None
+        self._heard = b""
+        self._reports, theirs = os.pipe()
+        os.set_blocking(self._reports, False)
         try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            logger.error("The worker does not end; killing it.")
-            self._process.kill()
-            self._process.wait()
-        self._close_pipe()
-        self._process = None
+            self._process = subprocess.Popen(
+                self._command(path, theirs),
+                stdin=subprocess.PIPE,
+                pass_fds=[plan.listener.fileno(), theirs],
+                start_new_session=True,
+                env=child_environment(PYTHONPATH=_search_path()),
+            )
+        finally:
+            os.close(theirs)
 
-    def _close_pipe(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
+    def _command(self, path: Path, reports: int) -> list[str]:
+        command = [
+            sys.executable, "-m", "serving.worker", "--socket", str(self.plan.listener.fileno()),
+            "--folder", str(self.plan.folder), "--generation", str(path), "--report", str(reports),
+            "--source", uuid.uuid4().hex[:12], "--providers", self.plan.providers,
+        ]  # fmt: skip
+        return command if self.plan.grpc_port is None else [*command, "--grpc", str(self.plan.grpc_port)]
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def lived(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self.started
+
+    @property
+    def leaving(self) -> float:
+        """Seconds since it was told to end."""
+        return time.monotonic() - self._retired
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
+
+    def look(self) -> None:
+        """Take in what it reported and whether it lives; one that breaks a limit while loading is killed."""
+        if self.failure is not None:
+            return
+        code = self._process.poll()
+        self._hear()
+        self._judge(code)
+
+    def _judge(self, code: int | None) -> None:
+        if self.failure is None and code is not None:
+            self._ended(code)
+        elif self.failure is None and self.phase == "loading":
+            self._check_limits()
+        if self.failure is not None and self.phase == "loading":
+            self.kill()
+
+    def go(self) -> None:
+        """Let it accept connections."""
+        self.phase = "opening"
+        self._tell(b"go\n")
+
+    def retire(self) -> None:
+        """Let it finish the requests in flight, then end."""
+        self._retired = time.monotonic()
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+        self._process.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the pipes, once it has ended."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+        if self._reports >= 0:
+            os.close(self._reports)
+            self._reports = -1
+
+    def _tell(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, which the next look finds
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def _hear(self) -> None:
+        while self._reports >= 0:
+            try:
+                part = os.read(self._reports, 65536)
+            except BlockingIOError:
+                break
+            if not part:
+                break
+            self._heard += part
+        *lines, self._heard = self._heard.split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+
+    def _take(self, said: dict[str, Any]) -> None:
+        if "loading" in said:
+            self._loading, self._since = (said["loading"], said["version"]), time.monotonic()
+        elif "failed" in said:
+            self.failure = Failure(said["reason"], said["failed"])
+        elif "seconds" in said:
+            self.phase, self.report, self._loading = "loaded", said, None
+        elif "accepting" in said:
+            self.phase = "accepting"
+
+    def _ended(self, code: int) -> None:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        if self._loading is None:
+            self.failure = Failure(f"The worker {how} after {self.lived:.0f} s.")
+        else:
+            workload, version = self._loading
+            self.failure = Failure(f"The worker {how} while it loaded version {version} of {workload}.", workload)
+
+    def _check_limits(self) -> None:
+        workload, version = self._loading or ("", 0)
+        what = f"Version {version} of {workload}" if workload else "The worker"
+        limit = self.plan.load_memory
+        if time.monotonic() - self._since > self.plan.load_seconds:
+            sentence = f"{what} was not loaded within {self.plan.load_seconds:g} s (NORIA_LOAD_SECONDS)."
+            self.failure = Failure(sentence, workload)
+        elif limit and (held := self._memory()) > limit:
+            sentence = f"{what} took {held // MB} MB while it was loaded; {limit // MB} MB are allowed"
+            self.failure = Failure(f"{sentence} (NORIA_LOAD_MEMORY_MB).", workload)
+
+    def _memory(self) -> int:
+        """Resident bytes."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
 
 
 def _search_path() -> str:

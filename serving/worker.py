@@ -1,120 +1,118 @@
-"""One worker process: answers requests on a socket that it is given, and serves what the desired files say.
+"""One worker process: loads and proves one generation, then answers requests on a socket that it is given.
 
-    python -m serving.worker --socket 3 --folder .noria/serving --source 1f0c...
+    python -m serving.worker --socket 3 --report 5 --folder .noria/serving --generation .../7.json --source 1f0c...
 
-Started by `serving.reload`, which owns the socket and holds the other end of this process's standard input: when that
-end closes the parent is gone, and the worker finishes what it is answering and ends. Never imports mlflow or deltalake.
+Started by `serving.supervise`, which owns the socket and holds the other ends of two pipes. On `--report` the worker
+says what it loads and when it is done; standard input brings `go`, after which it accepts connections, and ends when
+the parent does, after which it finishes what it is answering and ends. Never imports mlflow or deltalake.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import ctypes
 import gc
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
+import psutil
 import uvicorn
 import uvloop
 
 from noria.runtime import Providers
-from serving import state
+from serving import generation, state
 from serving.app import App
 from serving.capture import Log
-from serving.engine import Engine
+from serving.engine import Engine, Unloadable
 from serving.metrics import Metrics
 from serving.service import Service
-from serving.state import Desired, State
 
 LOOK_SECONDS = 0.2
-"""How often the desired files are looked at."""
+"""How often the files that say what is known are looked at."""
 ROTATE_SECONDS = 0.5
 """How long a logged row waits at most until its segment is handed over."""
-METRICS_SECONDS = 1.0
-"""How often this worker's numbers are written for the other workers to add up."""
 GRACE_SECONDS = 10
 """How long requests in flight may take once the worker is told to end."""
+IDLE_SECONDS = 1.0
+"""How long a connection may stay idle once the worker is told to end: the client's next request is still answered."""
+FAILED = 3
+"""Exit code of a worker that said why it cannot load its generation."""
+PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Follower:
-    """Makes the engine serve what the desired files say, and writes down what came of it."""
+class Parent:
+    """The process that started this one: what it says, and that it lives."""
 
-    engine: Engine
-    metrics: Metrics
-    folder: Path
-    _seen: object = None
-    _answered: dict[str, str] = field(default_factory=dict)
+    def __init__(self, report: int) -> None:
+        self._report = report
+        self._go = threading.Event()
+        self._end: Callable[[], None] = lambda: os._exit(1)
+        _die_with_parent(signal.SIGKILL)  # loading holds the interpreter, so that a thread may not see the pipe end
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def step(self) -> None:
-        """Look once; take every request that is new. Takes as long as loading takes."""
-        mark = state.signature(self.folder / "desired")
-        if mark == self._seen:
-            return
-        desired = state.read(self.folder / "desired", Desired)
-        earlier = state.read(self.folder / "state", State)
-        self.engine.known = desired
-        for workload, request in desired.items():
-            if request.version is not None and self._answered.get(workload) != request.asked:
-                self._take(request, earlier.get(workload))
-        self._seen = mark
+    def tell(self, **said: object) -> None:
+        """Report something, as one line of JSON."""
+        os.write(self._report, orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE))
 
-    def _take(self, request: Desired, earlier: State | None) -> None:
-        serving, began = self.engine.models.get(request.workload), time.perf_counter()
-        reached = self.engine.take(request, earlier)
-        if reached.status == "failed":
-            logger.error("%s", reached.reason)
-            if serving is None and request.fallback_version is not None:
-                self.engine.take(Desired(request.workload, request.fallback_version, request.fallback_folder))
-        model = self.engine.models.get(request.workload)
-        if reached.status == "failed" or model is not serving:
-            taken = time.perf_counter() - began if reached.status == "serving" else None
-            self.metrics.swapped(request.workload, reached.status, taken)
-        if model is not None and model is not serving:
-            if serving is not None:
-                self.metrics.unloaded(request.workload, serving.version)
-            self.metrics.loaded(request.workload, model.version, model.session.get_providers()[0])
-        state.write(self.folder / "state", reached)
-        self._answered[request.workload] = request.asked
+    def wait(self, end: Callable[[], None]) -> None:
+        """Return when it says `go`. From then on `end` is called when it is gone."""
+        self._go.wait()
+        self._end = end
+        _die_with_parent(0)
+
+    def _listen(self) -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would be held at exit
+            self._go.set()
+        self._end()
+        time.sleep(GRACE_SECONDS + 1)
+        os._exit(1)
 
 
-async def serve(listener: socket.socket, folder: Path, source: str, providers: Providers) -> None:
-    """Serve until SIGTERM, SIGINT, or until the parent is gone; every logged row is handed over at the end."""
-    engine, metrics, log = Engine(providers), Metrics(folder / "metrics", source), Log(folder / "log", source)
-    follower = Follower(engine, metrics, folder)
-    follower.step()
-    gc.collect()
-    gc.freeze()
-    config = uvicorn.Config(
-        App(Service(engine, log, metrics)),
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    server = uvicorn.Server(config)
-    metrics.before += [
-        lambda: _look_at_log(metrics, engine, log),
-        lambda: metrics.connected(len(server.server_state.connections)),
-    ]
-    threading.Thread(target=_end_with_parent, args=(server,), daemon=True).start()
+def _die_with_parent(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+class Server(uvicorn.Server):
+    """Says when it accepts; when it ends, an open connection gets its next answer with `connection: close`."""
+
+    def __init__(self, config: uvicorn.Config, accepting: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.accepting = accepting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        await super().startup(sockets)
+        self.accepting()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let clients finish, and close."""
+        for server in self.servers:
+            server.close()
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        deadline = time.monotonic() + IDLE_SECONDS
+        while self.server_state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
+async def run(server: Server, listener: socket.socket, engine: Engine, log: Log, folder: Path) -> None:
+    """Answer requests until told to end; every logged row is handed over at the end."""
+    follower = Follower(engine, folder)
     repeated = [
         asyncio.create_task(_repeat(follower.step, LOOK_SECONDS)),
         asyncio.create_task(_repeat(log.rotate, ROTATE_SECONDS)),
-        asyncio.create_task(_repeat(metrics.dump, METRICS_SECONDS)),
     ]
     try:
         await server.serve(sockets=[listener])
@@ -122,23 +120,24 @@ async def serve(listener: socket.socket, folder: Path, source: str, providers: P
         for task in repeated:
             task.cancel()
         log.rotate()
-        metrics.dump(ended=True)
 
 
-def _look_at_log(metrics: Metrics, engine: Engine, log: Log) -> None:
-    """Tell the metrics what of the log is not in the lake yet."""
-    oldest: dict[str, float] = {}
-    for path in log.ready_folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it went into the lake meanwhile
-            name, written = path.name.split(".")[0], path.stat().st_mtime
-            oldest[name] = min(written, oldest.get(name, written))
-    pending = log.pending()
-    for workload in {*engine.models, *pending}:
-        metrics.log_lag(workload, *pending.get(workload, (0, 0)), oldest.get(workload))
-    metrics.log_lost(log.lost)
+class Follower:
+    """Keeps what the engine knows about its workloads as the server's files say it."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+        self._seen: object = None
+
+    def step(self) -> None:
+        """Look once."""
+        mark = [state.signature(self.folder / name) for name in ("desired", "state", "failed")]
+        if mark != self._seen:
+            self.engine.follow(self.folder)
+            self._seen = mark
 
 
-async def _repeat(step: Callable[[], object], seconds: float) -> None:
+async def _repeat(step: Callable[[], None], seconds: float) -> None:
     """Call `step` in a thread again and again; a failure is logged, and the next call tries again."""
     while True:
         await asyncio.sleep(seconds)
@@ -148,30 +147,55 @@ async def _repeat(step: Callable[[], object], seconds: float) -> None:
             logger.exception("%s failed", step.__qualname__)
 
 
-def _end_with_parent(server: uvicorn.Server) -> None:
-    """Standard input ends when the parent does, however it ended: let go of the port soon."""
-    while os.read(0, 1024):  # not sys.stdin: its lock would be held at exit
-        pass
-    server.should_exit = True
-    time.sleep(GRACE_SECONDS + 1)
-    os._exit(1)
+def load(parent: Parent, path: Path, providers: Providers) -> Engine:
+    """The engine with everything that the generation names; says so, or why not, to the parent and ends."""
+    engine = Engine(providers)
+    try:
+        engine.load(generation.read(path), lambda workload, version: parent.tell(loading=workload, version=version))
+    except Unloadable as error:
+        parent.tell(failed=error.workload, version=error.version, reason=error.reason)
+        sys.exit(FAILED)
+    gc.collect()
+    gc.freeze()
+    process = psutil.Process()
+    seconds = time.time() - process.create_time()
+    parent.tell(seconds=seconds, memory_mb=process.memory_info().rss // 2**20)
+    return engine
 
 
 def main() -> None:
     """The process's entry point."""
-    parser = argparse.ArgumentParser(description="One worker of noria's server; started by `noria serve`.")
-    parser.add_argument("--socket", type=int, required=True, help="descriptor of the listening socket")
-    parser.add_argument("--folder", type=Path, required=True, help="the server's state")
-    parser.add_argument("--source", required=True, help="this worker's name in the prediction log")
-    parser.add_argument("--providers", choices=("auto", "cpu", "cuda"), default="auto")
-    given = parser.parse_args()
+    given = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # uvicorn raises the signal that ended it once more when it is done; here the log must still be handed over.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    parent = Parent(given.report)
+    engine = load(parent, given.generation, given.providers)
+    log = Log(given.folder / "log", given.source)
+    config = uvicorn.Config(
+        App(Service(engine, log, Metrics())), http="httptools", ws="none", lifespan="off", access_log=False,
+        log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
+    )  # fmt: skip
+    server = Server(config, lambda: parent.tell(accepting=True))
+    # Also for uvicorn, which raises the signal that ended it once more: the log must still be handed over then.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    parent.wait(lambda: setattr(server, "should_exit", True))
+    engine.follow(given.folder)
     listener = socket.socket(fileno=given.socket)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(listener, given.folder, given.source, given.providers))
+        runner.run(run(server, listener, engine, log, given.folder))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One worker of noria's server; started by `noria serve`.")
+    parser.add_argument("--socket", type=int, required=True, help="descriptor of the listening socket")
+    parser.add_argument("--report", type=int, required=True, help="descriptor of the pipe to the parent")
+    parser.add_argument("--folder", type=Path, required=True, help="the server's state")
+    parser.add_argument("--generation", type=Path, required=True, help="the file that says what to load")
+    parser.add_argument("--source", required=True, help="this worker's name in the prediction log")
+    parser.add_argument("--providers", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--grpc", type=int, default=None, help="port of the gRPC server; none without it")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

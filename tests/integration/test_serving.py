@@ -106,8 +106,11 @@ class Server:
         self.process.wait()
 
     def worker(self):
-        (worker,) = psutil.Process(self.process.pid).children()
+        (worker,) = self.workers()
         return worker
+
+    def workers(self):
+        return psutil.Process(self.process.pid).children()
 
     def log(self):
         return (self.home / "serving.log").read_text()

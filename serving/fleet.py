@@ -1,0 +1,288 @@
+"""The workers of one server: as many as were asked for, of the generation that should answer, whatever dies.
+
+What `desired/` asks for is made real one workload at a time: fresh processes load the next generation while the present
+one answers; when all of them have proven it they accept, and the present ones finish what they have and end. A version
+that fails, hangs, crashes or eats memory while it loads is refused and nothing else changes. When workers start anew
+and a version cannot be loaded any more, its fallback serves. Not here: why something is desired.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from serving.generation import Generation, numbers, prune, write
+from serving.ledger import Ledger
+from serving.state import Desired
+from serving.supervise import Failure, Plan, Worker
+
+STEADY_SECONDS = 5
+"""A worker that lived this long is replaced at once; one that did not waits, longer each time."""
+LONGEST_WAIT = 5.0
+LONGEST_HOLD = 30.0
+"""Between two tries of a change that failed without a fault of its own."""
+TRIES = 3
+PATIENCE_SECONDS = 3
+"""How long a change has the machine for itself before the next one is tried beside it."""
+END_SECONDS = 15
+"""A worker that was told to end and did not is killed after this long."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Candidate:
+    """Workers that load the next generation."""
+
+    generation: Generation
+    change: Desired
+    base: int
+    """The generation that it was made from."""
+    members: list[Worker]
+    began: float
+
+
+@dataclass
+class Held:
+    """A change that waits until it is tried again."""
+
+    asked: str
+    tries: int = 0
+    until: float = 0.0
+
+
+class Fleet:
+    """Starts, watches, replaces and ends workers. Used by one thread."""
+
+    def __init__(self, plan: Plan, count: int = 1) -> None:
+        self.plan, self.count = plan, count
+        self.folder = plan.folder
+        self.ledger = Ledger(plan.folder)
+        self._number = max(numbers(self.folder), default=0)
+        desired = self.ledger.desired()
+        entries = {name: entry for name, entry in desired.items() if entry.version is not None}
+        self.current = Generation(self._next(), entries)
+        self.members: list[Worker] = []
+        """Workers of the present generation."""
+        self.leaving: list[Worker] = []
+        """Workers that were told to end."""
+        self._old: list[Worker] = []
+        """Workers of the generation before, which answer until every new one does."""
+        self._candidates: dict[str, Candidate] = {}
+        self._tried = {name: entry.asked for name, entry in desired.items()}
+        self._held: dict[str, Held] = {}
+        self._faults: Counter[tuple[str, int | None]] = Counter()
+        self._start_at = self._wait = 0.0
+
+    @property
+    def accepting(self) -> int:
+        """Workers that answer."""
+        return sum(worker.phase == "accepting" and not worker.failure for worker in [*self.members, *self._old])
+
+    def step(self) -> float:
+        """Look at everything once; returns the seconds after which to look again."""
+        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
+        for worker in [*self.members, *self._old, *loading]:
+            worker.look()
+        self._end_leaving()
+        self._keep_members()
+        for candidate in list(self._candidates.values()):
+            self._judge(candidate)
+        if any(worker.phase == "accepting" for worker in self.members):
+            self._begin()
+        busy = self._candidates or self._old or any(worker.phase != "accepting" for worker in self.members)
+        return 0.02 if busy else 0.1
+
+    def stop(self) -> None:
+        """End every worker; those that answer finish what they have."""
+        self.plan.listener.close()
+        for candidate in list(self._candidates.values()):
+            self._drop(candidate)
+        for worker in [*self.members, *self._old]:
+            self._retire(worker)
+        self.members, self._old = [], []
+        while self.leaving:
+            self._end_leaving()
+            time.sleep(0.02)
+
+    # The present generation
+
+    def _keep_members(self) -> None:
+        for worker in [worker for worker in self.members if worker.failure is not None]:
+            if worker in self.members:  # others may go with the one before
+                self._lost(worker, worker.failure or Failure(""))
+        for worker in [worker for worker in self._old if worker.failure is not None]:
+            worker.close()
+            self._old.remove(worker)
+        while len(self.members) < self.count and time.monotonic() >= self._start_at:
+            self.members.append(self._start(self.current))
+        for worker in self.members:
+            if worker.phase == "loaded":
+                self._go(worker)
+        if self._old and self.members and all(worker.phase == "accepting" for worker in self.members):
+            for worker in self._old:
+                self._retire(worker)
+            self._old = []
+
+    def _go(self, worker: Worker) -> None:
+        self.ledger.settled(self.current.entries)
+        worker.go()
+        logger.info("Generation %d answers: worker %d was ready after %.2f s with %d MB.", worker.generation,
+                    worker.pid, worker.report["seconds"], worker.report["memory_mb"])  # fmt: skip
+
+    def _lost(self, worker: Worker, failure: Failure) -> None:
+        """A worker of the present generation died, or cannot load it."""
+        self.members.remove(worker)
+        worker.close()
+        logger.error("%s", failure.reason)
+        if failure.workload in self.current.entries:
+            self._leave_out(failure.workload, failure.reason)
+            return
+        self._wait = 0.0 if worker.lived > STEADY_SECONDS else min(LONGEST_WAIT, self._wait * 2 + 0.2)
+        self._start_at = time.monotonic() + self._wait
+
+    def _leave_out(self, workload: str, reason: str) -> None:
+        """A version that served cannot be loaded any more: go on with its fallback, or without it."""
+        self.ledger.failed(self.current.entries[workload], self.current, reason)
+        self.current = self.current.without(self._next(), workload)
+        for worker in [worker for worker in self.members if worker.phase == "loading"]:
+            self.members.remove(worker)
+            worker.kill()
+
+    # The next one
+
+    def _begin(self) -> None:
+        """Start the next change that waits, if the machine is free for it."""
+        clock = time.monotonic()
+        if any(clock - candidate.began < PATIENCE_SECONDS for candidate in self._candidates.values()):
+            return
+        for change in self._changes():
+            held = self._held.get(change.workload)
+            waits = held is not None and held.asked == change.asked and clock < held.until
+            if change.workload not in self._candidates and not waits:
+                self._try(change)
+                return
+
+    def _changes(self) -> Iterator[Desired]:
+        """What is desired and was not tried yet; no version: the workload should go."""
+        desired = self.ledger.desired()
+        for workload, entry in desired.items():
+            if self._tried.get(workload) == entry.asked:
+                continue
+            serving = self.current.entries.get(workload)
+            if entry.version is None and serving is None:
+                self._tried[workload] = entry.asked
+            elif serving is not None and _same(serving, entry):
+                self.current = replace(self.current, entries={**self.current.entries, workload: entry})
+                self._tried[workload] = entry.asked
+                self.ledger.settled(self.current.entries)
+            else:
+                yield entry
+        for workload in self.current.entries.keys() - desired.keys():
+            yield Desired(workload, None)
+
+    def _try(self, change: Desired) -> None:
+        entry = None if change.version is None else change
+        generation = self.current.changed(self._next(), change.workload, entry)
+        members = [self._start(generation) for _ in range(self.count)]
+        candidate = Candidate(generation, change, self.current.number, members, time.monotonic())
+        self._candidates[change.workload] = candidate
+
+    def _judge(self, candidate: Candidate) -> None:
+        """Promote it, refuse it, or let it go on loading."""
+        workload = candidate.change.workload
+        wanted = self.ledger.desired().get(workload, Desired(workload, None))
+        failed = next((worker.failure for worker in candidate.members if worker.failure is not None), None)
+        if wanted.asked != candidate.change.asked:
+            self._drop(candidate)
+        elif failed is not None:
+            self._drop(candidate)
+            self._refuse(candidate.change, failed)
+        elif all(worker.phase == "loaded" for worker in candidate.members):
+            if candidate.base == self.current.number:
+                self._promote(candidate)
+            else:  # another workload changed meanwhile
+                self._drop(candidate)
+                self._try(candidate.change)
+
+    def _promote(self, candidate: Candidate) -> None:
+        del self._candidates[candidate.change.workload]
+        workload = candidate.change.workload
+        self._tried[workload] = candidate.change.asked
+        self._held.pop(workload, None)
+        for worker in self.members:
+            if worker.phase == "accepting":
+                self._old.append(worker)
+            else:
+                self._retire(worker)
+        self.current, self.members = candidate.generation, candidate.members
+        self._keep_members()
+        if candidate.change.version is None:
+            self.ledger.gone(workload)
+
+    def _refuse(self, change: Desired, failure: Failure) -> None:
+        workload = change.workload
+        held = self._held.get(workload)
+        if held is None or held.asked != change.asked:
+            held = self._held[workload] = Held(change.asked)
+        held.tries += 1
+        blamed = self.current.entries.get(failure.workload)
+        if failure.workload == workload or (not failure.workload and held.tries >= TRIES):
+            self._tried[workload] = change.asked
+            self.ledger.failed(change, self.current, failure.reason)
+            return
+        held.until = time.monotonic() + min(LONGEST_HOLD, 0.5 * 2**held.tries)
+        logger.error("%s Version %s of %s is tried again.", failure.reason, change.version, workload)
+        if blamed is not None:  # it answers, but its files are not what they were
+            self._faults[blamed.workload, blamed.version] += 1
+            if self._faults[blamed.workload, blamed.version] < TRIES:
+                self.ledger.failed(blamed, self.current, failure.reason)
+            else:
+                self._leave_out(blamed.workload, failure.reason)
+
+    def _drop(self, candidate: Candidate) -> None:
+        del self._candidates[candidate.change.workload]
+        for worker in candidate.members:
+            worker.kill()
+
+    # Processes
+
+    def _start(self, generation: Generation) -> Worker:
+        return Worker(self.plan, generation.number, write(self.folder, generation))
+
+    def _retire(self, worker: Worker) -> None:
+        if worker.phase in ("opening", "accepting"):
+            worker.retire()
+            self.leaving.append(worker)
+        else:
+            worker.kill()
+
+    def _end_leaving(self) -> None:
+        for worker in self.leaving:
+            if not worker.ended and worker.leaving > END_SECONDS:
+                logger.error("Worker %d does not end; killing it.", worker.pid)
+                worker.kill()
+        for worker in [worker for worker in self.leaving if worker.ended]:
+            worker.close()
+            self.leaving.remove(worker)
+            prune(self.folder, self._needed())
+
+    def _needed(self) -> set[int]:
+        """Numbers of the generations that a process may still read or serve."""
+        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
+        processes = [*self.members, *self._old, *self.leaving, *loading]
+        return {self.current.number, *(worker.generation for worker in processes)}
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number
+
+
+def _same(serving: Desired, entry: Desired) -> bool:
+    """Whether what serves is what is asked for. A bundle never changes; a file of a repository may."""
+    if serving.plain or entry.plain:
+        return serving.asked == entry.asked and serving.folder == entry.folder
+    return (serving.version, serving.folder) == (entry.version, entry.folder)
