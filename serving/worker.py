@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the listening socket")
     parser.add_argument("--folder", type=Path, required=True, help="the server's state")
     parser.add_argument("--source", required=True, help="this worker's name in the prediction log")
-    parser.add_argument("--providers", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--providers", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # uvicorn raises the signal that ended it once more when it is done; here the log must still be handed over.
