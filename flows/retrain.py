@@ -32,6 +32,7 @@ from registry.proof import Proof
 from registry.run import Run
 from registry.store import Store
 from training.fit import Trained, fit
+from training.quantize import figures
 from training.windows import Choice, choose
 
 WEIGHTS = "weights.npz"
@@ -227,6 +228,9 @@ def log_training(run: Run, trained: Trained) -> None:
     run.params(
         {"warm_start": trained.warm, "rows": trained.prepared.rows, "duplicates_removed": trained.prepared.duplicates}
     )
+    if int8 := trained.parity.get("int8"):
+        run.metrics(figures(int8))
+        run.tags({"noria.int8": "taken" if int8["taken"] else "refused", "noria.int8_because": " ".join(int8["reasons"])})
     run.text("diagnosis.md", "\n".join(f"- {sentence}" for sentence in trained.diagnosis))
     run.figure("curves.png", trained.figure())
     run.data("quarantine.json", trained.prepared.quarantine)

@@ -1,8 +1,19 @@
-"""The one place that uses ONNX Runtime: open a session on what this machine has, and score rows with it."""
+"""The one place that uses ONNX Runtime: open a session on what this machine has, and score rows with it.
+
+Where a GPU is asked for and not there, that is an error; what a session really runs on is told by `nodes_by_provider`.
+Not here: what a GPU is and how it is set up (`noria.gpu`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import hashlib
+import importlib.util
+import io
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -10,44 +21,116 @@ import numpy as np
 import onnxruntime as ort
 
 from noria.errors import SettingsError
+from noria.gpu import (
+    GpuOptions,
+    check_driver,
+    cuda_options,
+    engine_cache,
+    find_gpu,
+    tensorrt_options,
+    tensorrt_version,
+)
 from noria.schema import Tensors
+from noria.settings import export
 
-Providers = Literal["auto", "cpu", "cuda"]
+Providers = Literal["auto", "cpu", "cuda", "tensorrt"]
 SCORE = "score"
 """Name of the graph's output: float32 [n], in the target's unit or a probability."""
+NAMES = {
+    "TensorrtExecutionProvider": "tensorrt",
+    "CUDAExecutionProvider": "cuda",
+    "CPUExecutionProvider": "cpu",
+}
+"""ONNX Runtime's names and ours, best first."""
+ONNX_RUNTIME = {ours: theirs for theirs, ours in NAMES.items()}
+CPU = GpuOptions()
+
+logger = logging.getLogger(__name__)
 
 
-def available_providers(wanted: Providers = "auto") -> list[str]:
-    """ONNX Runtime providers to ask for, best first.
-
-    ONNX Runtime lists CUDA when it was *built* with it and silently falls back when the machine has no GPU, so the
-    device itself is probed first.
+def require(wanted: Providers, device: int = 0) -> list[str]:
+    """Our names of the providers to ask for, best first; called at start, it says at once what is missing.
 
     Raises:
-        SettingsError: `cuda` is wanted and there is no usable GPU.
+        SettingsError: `cuda` or `tensorrt` is wanted, and this machine cannot.
     """
-    gpu = "CUDAExecutionProvider" in ort.get_available_providers() and Path("/dev/nvidiactl").exists()
-    if wanted == "cuda" and not gpu:
-        raise SettingsError("NORIA_PROVIDERS=cuda, but this machine has no NVIDIA GPU; set it to auto or cpu.")
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and wanted != "cpu" else ["CPUExecutionProvider"]
+    if wanted == "cpu":
+        return ["cpu"]
+    try:
+        _usable(wanted, device)
+    except SettingsError as error:
+        if wanted != "auto":
+            raise SettingsError(f"NORIA_PROVIDERS={wanted}: {error} Or set it to auto or cpu.") from None
+        return ["cpu"]
+    return ["tensorrt", "cuda", "cpu"] if wanted == "tensorrt" else ["cuda", "cpu"]
 
 
-def open_session(model: Path | bytes, providers: Providers = "auto", threads: int = 1) -> ort.InferenceSession:
+def open_session(
+    model: Path | bytes, providers: Providers = "auto", threads: int = 1, *, gpu: GpuOptions = CPU
+) -> ort.InferenceSession:
     """A session that leaves the other cores alone: `threads` intra-op threads, no spinning.
 
     Raises:
-        SettingsError: CUDA was asked for and the session did not get it.
+        SettingsError: a GPU was asked for and the session did not get it.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    source = model if isinstance(model, bytes) else str(model)
-    session = ort.InferenceSession(source, options, providers=available_providers(providers))
-    if providers == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise SettingsError("NORIA_PROVIDERS=cuda, but ONNX Runtime could not use the GPU; check the CUDA libraries.")
+    chain = require(providers, gpu.device)
+    if chain == ["cpu"]:
+        return _session(model, {"cpu": {}}, threads)
+    try:
+        session = _on_gpu(model, chain, threads, gpu)
+    except SettingsError as error:
+        if providers != "auto":
+            raise
+        _warn_once(str(error))
+        return _session(model, {"cpu": {}}, threads)
     return session
+
+
+def nodes_by_provider(session: ort.InferenceSession) -> dict[str, int]:
+    """How many nodes of the graph run where, by our names, best provider first: what a session really uses.
+
+    A subgraph that TensorRT took counts with the nodes that it had.
+    """
+    found: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        found[NAMES.get(part.ep_name, part.ep_name)] += len(part.get_nodes())
+    return dict(sorted(found.items(), key=lambda entry: [*ONNX_RUNTIME, entry[0]].index(entry[0])))
+
+
+def provider_of(session: ort.InferenceSession) -> str:
+    """The best provider that runs any of the session's nodes: tensorrt, cuda or cpu."""
+    return next(iter(nodes_by_provider(session)), "cpu")
+
+
+def run(session: ort.InferenceSession, names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The named outputs for one batch, on the CPU. Thread-safe.
+
+    Where the graph begins or ends on a GPU, inputs and outputs are bound: each input is copied once to where its first
+    reader runs (strings are read on the CPU), outputs stay on the device until one copy brings all of them back.
+    """
+    infos = (*session.get_input_memory_infos(), *session.get_output_memory_infos())
+    if all(_device(info.name) == "cpu" for info in infos):
+        found: list[np.ndarray] = session.run(list(names), dict(tensors))
+        return found
+    return run_bound(session, names, tensors)
+
+
+def run_bound(
+    session: ort.InferenceSession, names: Sequence[str], tensors: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """As `run`, always with bound inputs and outputs."""
+    binding = session.io_binding()  # one a run: a binding is not thread-safe, and making one costs microseconds
+    for name, values in tensors.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values)))
+    places = zip(session.get_outputs(), session.get_output_memory_infos(), strict=True)
+    devices = {entry.name: (_device(info.name), info.device_id) for entry, info in places}
+    for name in names:
+        binding.bind_output(name, *devices[name])
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    copied: list[np.ndarray] = binding.copy_outputs_to_cpu()
+    return copied
 
 
 def score(session: ort.InferenceSession, tensors: Mapping[str, np.ndarray], batch: int = 4096) -> np.ndarray:
@@ -55,7 +138,7 @@ def score(session: ort.InferenceSession, tensors: Mapping[str, np.ndarray], batc
     rows = len(next(iter(tensors.values())))
     names = [entry.name for entry in session.get_inputs()]
     parts = [
-        session.run([SCORE], {name: tensors[name][start : start + batch] for name in names})[0]
+        run(session, [SCORE], {name: tensors[name][start : start + batch] for name in names})[0]
         for start in range(0, rows, batch)
     ]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
@@ -64,4 +147,75 @@ def score(session: ort.InferenceSession, tensors: Mapping[str, np.ndarray], batc
 def run_all(session: ort.InferenceSession, tensors: Tensors) -> Tensors:
     """Every output of the graph, by name, for one batch."""
     names = [entry.name for entry in session.get_outputs()]
-    return dict(zip(names, session.run(names, tensors), strict=True))
+    return dict(zip(names, run(session, names, tensors), strict=True))
+
+
+@cache
+def _usable(wanted: Providers, device: int) -> None:
+    """Find the GPU and load the libraries, once a process. Raises SettingsError."""
+    check_driver(find_gpu(device), getattr(ort, "cuda_version", ""))
+    if importlib.util.find_spec("nvidia"):  # NVIDIA's wheels: the loader does not look there by itself
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()
+        if said.getvalue().strip():
+            logger.warning("CUDA's libraries: %s", " ".join(said.getvalue().split()))
+    if wanted == "tensorrt":
+        # TensorRT's builder takes TF32 unless told otherwise, which is coarser than the proof allows.
+        export(NVIDIA_TF32_OVERRIDE="0")
+        tensorrt_version()
+
+
+def _on_gpu(model: Path | bytes, chain: Sequence[str], threads: int, gpu: GpuOptions) -> ort.InferenceSession:
+    options: dict[str, dict[str, str]] = {"cuda": cuda_options(gpu), "cpu": {}}
+    if chain[0] == "tensorrt":
+        options = {"tensorrt": tensorrt_options(gpu, _engines(model, gpu)), **options}
+    try:
+        session = _session(model, options, threads)
+    except Exception as error:  # a dozen types of its own, and a RuntimeError where a library is missing
+        if gpu.profile and chain[0] == "tensorrt":
+            # Named tensors that the optimiser has renamed: without names TensorRT learns the range while warming.
+            logger.warning("TensorRT refuses the profile (%s); going on without.", " ".join(str(error).split())[:300])
+            return _on_gpu(model, chain, threads, GpuOptions(gpu.device, gpu.memory_mb, gpu.engines))
+        raise SettingsError(f"ONNX Runtime cannot use {chain[0]}: {' '.join(str(error).split())[:400]}") from error
+    if ONNX_RUNTIME[chain[0]] not in session.get_providers():
+        raise SettingsError(
+            f"There is a GPU, but ONNX Runtime could not use {chain[0]} and fell back to "
+            f"{', '.join(session.get_providers())}; install noria[{chain[0]}], which brings CUDA's libraries."
+        )
+    return session
+
+
+def _session(model: Path | bytes, providers: Mapping[str, Mapping[str, str]], threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    source = model if isinstance(model, bytes) else str(model)
+    asked = [(ONNX_RUNTIME[name], dict(chosen)) for name, chosen in providers.items()]
+    # Its own fallback prints to standard output and goes on elsewhere, even in the middle of a run.
+    return ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
+
+
+def _engines(model: Path | bytes, gpu: GpuOptions) -> Path | None:
+    if gpu.engines is None:
+        return None
+    content = model if isinstance(model, bytes) else model.read_bytes()
+    sha = hashlib.sha256(content).hexdigest()
+    place = engine_cache(
+        gpu.engines, find_gpu(gpu.device), sha, tensorrt=tensorrt_version(), runtime=str(ort.__version__)
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _device(memory: str) -> str:
+    """ONNX Runtime's name of a memory ("Cuda", "CudaPinned", "Cpu") as a device to bind to."""
+    return "cuda" if memory == "Cuda" else "cpu"
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    logger.warning("%s Going on with the CPU.", sentence)

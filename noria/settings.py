@@ -39,8 +39,15 @@ class Settings(BaseSettings):
     serving_url: str = ""
     """Address of noria's server; empty: the one that `noria up` started in this home."""
 
-    providers: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where ONNX Runtime runs: `cuda` where there is none is an error, `auto` takes a GPU where there is one."""
+    providers: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    """Where ONNX Runtime runs: `cuda` or `tensorrt` where there is none is an error at start; `auto` takes CUDA where
+    there is a GPU, and never TensorRT, which builds engines for minutes."""
+
+    gpu_device: int = Field(default=0, ge=0)
+    """Which GPU, counted as CUDA counts them."""
+
+    gpu_memory_mb: int = Field(default=0, ge=0)
+    """Most GPU memory that one version's session may take; 0: no limit."""
 
     poll_seconds: float = Field(default=1.0, gt=0, le=3)
     """How often the server reads the aliases."""
@@ -112,6 +119,11 @@ class Settings(BaseSettings):
     def downloads(self) -> Path:
         """Folder of downloaded source data."""
         return self.cache.expanduser().absolute()
+
+    @property
+    def engines(self) -> Path:
+        """Folder of TensorRT's engines, shared by every home: what is in it is keyed by GPU, driver and model."""
+        return self.downloads / "engines"
 
     @property
     def imports(self) -> tuple[str, ...]:

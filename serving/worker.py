@@ -193,7 +193,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="the server's state")
     parser.add_argument("--generation", type=Path, required=True, help="the file that says what to load")
     parser.add_argument("--source", required=True, help="this worker's name in the prediction log")
-    parser.add_argument("--providers", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--providers", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto")
     parser.add_argument("--grpc", type=int, default=None, help="port of the gRPC server; none without it")
     return parser.parse_args()
 

@@ -26,7 +26,7 @@ from noria import runtime
 from noria.errors import TrainingError
 from noria.records import Evaluation
 from noria.workload import Scorer, Workload
-from training import evaluate, parity, preprocess
+from training import evaluate, parity, preprocess, quantize
 from training.data import Prepared, prepare
 from training.export import export
 from training.launch import train
@@ -36,6 +36,7 @@ from training.preprocess import Preprocessing, read_inputs
 
 Progress = Callable[[str], None]
 STAGES = ("prepare", "train", "export", "parity", "evaluate")
+"""With `TrainingOptions.quantize` also "quantize", after parity."""
 
 
 @dataclass(frozen=True)
@@ -206,13 +207,18 @@ def _baselines(workload: Workload, prepared: Prepared, made: Preprocessing, part
 def _export(
     workload: Workload, prepared: Prepared, made: Preprocessing, job: Job, clock: _Clock
 ) -> tuple[bytes, dict[str, Any]]:
-    """The whole graph and the report that proves it."""
+    """The graph that ships, and the report: the float graph against the network, then int8 against the float graph."""
     with clock("export"):
         scored = job.build()
         model = export(scored, made)
     with clock("parity"):
         sample = workload.schema.tensors(prepared.split.test)
-        return model, parity.check(model, scored, made, workload.schema, sample)
+        proven = parity.check(model, scored, made, workload.schema, sample)
+    if workload.training.quantize == "never":
+        return model, proven
+    with clock("quantize"):
+        shipped, int8 = quantize.choose(workload, prepared, model)
+    return shipped, {**proven, "int8": int8}
 
 
 def _evaluate(
