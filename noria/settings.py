@@ -82,6 +82,13 @@ class Settings(BaseSettings):
     access_log: str = ""
     """File that gets a JSON line for every answer of the server, `-` for standard output; empty: none."""
 
+    ack: Literal["fast", "durable"] = "fast"
+    """When a prediction is answered: `fast`, once the operating system has its log (a killed process loses nothing, a
+    power cut up to half a second); `durable`, once the disk has it."""
+
+    acks: str = Field(default="", pattern=r"^(\s*[\w.-]+\s*=\s*(fast|durable)\s*(,|$))*$")
+    """The same for single workloads, for example `taxi=durable,spam=fast`."""
+
     ingest: bool = True
     """Whether a retrain first reads new rows from the workload's own source; false where all data comes by requests."""
 

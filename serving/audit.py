@@ -1,9 +1,9 @@
 """Two logs as JSON lines: what was answered (off by default), and who changed or was refused what (always on).
 
 The *access log* takes one line a request: the request only puts a tuple on a queue, `flush` writes from beside the
-event loop, and what does not fit the queue is counted. The *audit log* is written at once, because it is rare: operators'
-actions always, refusals of access as long as they do not flood it. Neither has a body, a query or a key in it. Not
-here: the prediction log (`serving.capture`), and the files (`serving.jsonlines`).
+event loop, and what does not fit the queue is counted. The *audit log* is written at once, because it is rare:
+operators' actions always, refusals of access as long as they do not flood it. Neither has a body, a query or a key in
+it. Not here: the prediction log (`serving.capture`), and the files (`serving.jsonlines`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The prediction log, on the side of the worker: every answered prediction and every label, written before the answer.
 
-A workload's rows go to an open segment (a file of JSON lines, columns as lists). Each request is one `write`, so what
-was answered is in the operating system's memory and outlives a killed worker. Segments are handed over by renaming:
+A workload's rows go to an open segment (a file of JSON lines, columns as lists). Each batch is one `write`, so what
+was answered is in the operating system's memory and outlives a killed worker; `sync` brings it onto the disk, where
+it outlives a power cut, too. Segments are synced and handed over by renaming:
 
     log/open/<workload>.<source>.<number>             being written, locked by its writer
     log/ready/<workload>.<source>.<number>.<rows>     whole; the reconciler moves it into the lake
@@ -14,27 +15,19 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
 
-from noria.schema import Schema
-from serving.wire import Rows
+from noria.runtime import SCORE
+from serving.model import Model
+from serving.rawlog import describe, pack
 
 FLAGS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-
-
-def batch_ids(base: int, count: int) -> list[str]:
-    """Prediction ids of a request: 32 hexadecimal digits that begin with the time, as in a ULID."""
-    return [f"{base + offset:032x}" for offset in range(count)]
-
-
-def new_base(milliseconds: int) -> int:
-    """The first id of a request: 48 bits of time, 80 random bits."""
-    return (milliseconds << 80) | int.from_bytes(os.urandom(10), "big")
 
 
 @dataclass
@@ -45,6 +38,8 @@ class Segment:
     descriptor: int
     rows: int = 0
     size: int = 0
+    dirty: bool = False
+    """Holds rows that were not synced."""
     versions: set[int] = field(default_factory=set)
     """Versions whose schema the file already holds, so that it can be read by itself."""
 
@@ -67,27 +62,45 @@ class Log:
 
     def predictions(
         self,
-        workload: str,
-        version: int,
-        schema: Schema,
+        model: Model,
         *,
         base: int,
-        rows: Rows,
-        scores: np.ndarray,
+        tensors: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        times: np.ndarray,
         actions: Sequence[str | None],
         latency_ms: float,
-    ) -> None:
-        """Log answered rows; the id of row i is base + i."""
-        columns = {name: values.tolist() if values.dtype == object else values for name, values in rows.tensors.items()}
-        line = orjson.dumps(
-            {"v": version, "i": f"{base:x}", "t": rows.times, "s": scores, "c": columns, "ms": round(latency_ms, 3),
-             "a": actions if actions and actions[0] is not None else None}, option=FLAGS
-        )  # fmt: skip
-        self._write(workload, len(rows), line, version, schema)
+    ) -> bool:
+        """Log the answered rows of a batch; row i has the i-th id of `base` (`serving.ids`). Returns whether it
+        could."""
+        line: dict[str, Any] = {"v": model.version, "i": f"{base:x}", "t": times, "ms": round(latency_ms, 3)}
+        if model.bundle is None:
+            line |= {"in": pack(tensors, model.inputs), "out": pack(outputs, model.outputs)}
+        else:
+            line["s"] = outputs[SCORE]
+            line["c"] = {
+                name: values.tolist() if values.dtype == object else values for name, values in tensors.items()
+            }
+            line["a"] = actions if actions and actions[0] is not None else None
+        return self._write(model.workload, len(times), orjson.dumps(line, option=FLAGS), model)
 
-    def labels(self, workload: str, ids: Sequence[str], labels: Sequence[float], times: np.ndarray) -> None:
-        """Log labels; `times` is when each arrived, microseconds [n]."""
-        self._write(workload, len(ids), orjson.dumps({"id": ids, "y": labels, "t": times}, option=FLAGS))
+    def labels(self, workload: str, ids: Sequence[str], labels: Sequence[float], times: np.ndarray) -> bool:
+        """Log labels; `times` is when each arrived, microseconds [n]. Returns whether they could be."""
+        return self._write(workload, len(ids), orjson.dumps({"id": ids, "y": labels, "t": times}, option=FLAGS))
+
+    def sync(self) -> None:
+        """Bring what was written onto the disk itself, so that it outlives a power cut; a failure is noted."""
+        with self._lock:
+            dirty = [(segment, os.dup(segment.descriptor)) for segment in self._segments.values() if segment.dirty]
+            for segment, _ in dirty:
+                segment.dirty = False
+        for _, descriptor in dirty:
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                self.failure = f"The prediction log does not reach the disk: {error.strerror or error}."
+            finally:
+                os.close(descriptor)
 
     def rotate(self) -> None:
         """Hand every segment that holds something over to the reconciler."""
@@ -110,21 +123,24 @@ class Log:
                 count[1] += 1
         return {workload: (rows, segments) for workload, (rows, segments) in found.items()}
 
-    def _write(self, workload: str, rows: int, line: bytes, version: int = 0, schema: Schema | None = None) -> None:
+    def _write(self, workload: str, rows: int, line: bytes, model: Model | None = None) -> bool:
         with self._lock:
             try:
                 segment = self._segments.get(workload) or self._open(workload)
-                if schema is not None and version not in segment.versions:
-                    line = orjson.dumps({"h": version, "schema": schema.to_json()}, option=FLAGS) + line
-                    segment.versions.add(version)
+                if model is not None and model.version not in segment.versions:
+                    line = orjson.dumps(_header(model), option=FLAGS) + line
+                    segment.versions.add(model.version)
                 self._append(segment, line)
                 segment.rows += rows
+                segment.dirty = True
                 self.failure = ""
+                return True
             except OSError as error:
                 self.lost += rows
                 self.failure = f"The prediction log cannot be written: {error.strerror or error}."
                 if workload in self._segments:
                     self._abandon(workload)
+                return False
 
     def _append(self, segment: Segment, line: bytes) -> None:
         written = os.write(segment.descriptor, line)
@@ -150,6 +166,8 @@ class Log:
         segment = self._segments[workload]
         if not segment.rows:
             return
+        if segment.dirty:
+            os.fdatasync(segment.descriptor)
         segment.path.rename(self.ready_folder / f"{segment.path.name}.{segment.rows}")
         os.close(segment.descriptor)
         del self._segments[workload]
@@ -165,3 +183,9 @@ class Log:
         except OSError:
             pass  # it stays among the open ones, and is adopted when this worker has ended
         os.close(segment.descriptor)
+
+
+def _header(model: Model) -> dict[str, Any]:
+    if model.bundle is None:
+        return {"h": model.version, "plain": describe(model)}
+    return {"h": model.version, "schema": model.bundle.schema.to_json()}

@@ -23,7 +23,8 @@ import pyarrow as pa
 from noria.column import ARROW, Column
 from noria.lake import Lake
 from noria.schema import Schema
-from serving.capture import batch_ids
+from serving.ids import expand
+from serving.rawlog import columns
 
 MOST_ROWS = 100_000
 """Rows that one append takes, about."""
@@ -155,7 +156,9 @@ def read(content: bytes) -> tuple[Tables, int]:
     served = []
     for header in (line for line in lines if "h" in line):
         of_version = [line for line in lines if line.get("v") == header["h"]]
-        if of_version:
+        if of_version and "plain" in header:
+            served.append(_plain(of_version, header["h"], header["plain"]))
+        elif of_version:
             served.append(_predictions(of_version, header["h"], Schema.from_json(header["schema"])))
     if served:
         found["predictions"] = pa.concat_tables(served, promote_options="permissive")
@@ -168,7 +171,7 @@ def read(content: bytes) -> tuple[Tables, int]:
 def _predictions(lines: Sequence[dict[str, Any]], version: int, schema: Schema) -> pa.Table:
     """As the lake keeps them: the log's own columns, then the raw inputs."""
     counts = [len(line["t"]) for line in lines]
-    ids = [name for line, count in zip(lines, counts, strict=True) for name in batch_ids(int(line["i"], 16), count)]
+    ids = [name for line, count in zip(lines, counts, strict=True) for name in expand(int(line["i"], 16), count)]
     actions = [action for line, count in zip(lines, counts, strict=True) for action in line["a"] or [None] * count]
     rows = len(ids)
     raw = schema.table({
@@ -184,6 +187,19 @@ def _predictions(lines: Sequence[dict[str, Any]], version: int, schema: Schema) 
         "latency_ms": pa.array(np.repeat([line["ms"] for line in lines], counts), pa.float64()),
     }
     return pa.table({**own, **{name: raw.column(name) for name in raw.column_names if name not in own}})
+
+
+def _plain(lines: Sequence[dict[str, Any]], version: int, described: Mapping[str, Any]) -> pa.Table:
+    """The rows of a plain model: the log's own columns, then its tensors."""
+    ids = [name for line in lines for name in expand(int(line["i"], 16), len(line["t"]))]
+    counts = [len(line["t"]) for line in lines]
+    own = {
+        "prediction_id": pa.array(ids, pa.string()),
+        "event_time": _times(lines),
+        "version": pa.array([version] * len(ids), pa.int64()),
+        "latency_ms": pa.array(np.repeat([line["ms"] for line in lines], counts), pa.float64()),
+    }
+    return pa.table({**own, **columns(lines, described, len(ids))})
 
 
 def _labels(lines: Sequence[dict[str, Any]]) -> pa.Table:

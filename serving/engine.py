@@ -15,6 +15,7 @@ from noria.runtime import Providers
 from serving.generation import Generation
 from serving.model import Model, load
 from serving.state import Desired, State, now, read
+from serving.wire import Refusal
 
 
 class Unloadable(BundleError):
@@ -48,6 +49,19 @@ class Engine:
         """Something serves, and every workload that should have been loaded at the start was."""
         wanted = (self.known.get(name) for name in self.missing)
         return bool(self.models) and all(desired is None or desired.version is None for desired in wanted)
+
+    def refusal(self, workload: str) -> Refusal:
+        """Why nothing answers for the workload."""
+        known, desired = sorted({*self.models, *self.known}), self.known.get(workload)
+        if known and workload not in known:
+            return Refusal(404, f"There is no workload '{workload[:60]}'; there are: {', '.join(known)}.")
+        if desired is not None and desired.version is not None:
+            return Refusal(503, f"Version {desired.version} of {workload} is not ready; try again in some seconds.")
+        return Refusal(
+            503,
+            f"No version of {workload[:60]} has the alias champion; promote one in the MLflow UI or run "
+            f"noria promote {workload[:60]} VERSION.",
+        )
 
     def load(self, generation: Generation, began: Callable[[str, int], None]) -> None:
         """Load, warm and prove everything that a generation names; `began` hears of each before it is tried.

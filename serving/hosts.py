@@ -1,9 +1,10 @@
 """Which names of this server a request may use: the header `Host` against a list.
 
 A page that somebody visits can point its own name at 127.0.0.1 once it is loaded (DNS rebinding). The browser then
-takes this server for the page's own and hands over every answer, although it listens on loopback only. What such a request
-cannot hide is the name in `Host`: it is the page's. An address written in digits cannot be rebound, so where the server
-listens on every address of the machine all of those are welcome. Not here: keys, which such a page does not have.
+takes this server for the page's own and hands over every answer, although it listens on loopback only. What such a
+request cannot hide is the name in `Host`: it is the page's. An address written in digits cannot be rebound, so where
+the server listens on every address of the machine all of those are welcome. Not here: keys, which such a page does
+not have.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from noria.errors import BundleError
-from noria.runtime import SCORE, Providers, open_session
+from noria.runtime import SCORE, Providers, open_session, provider_of, run
 from registry.bundle import Bundle
 from registry.graph import check_file
 from registry.proof import ABSOLUTE, RELATIVE
@@ -58,10 +59,30 @@ class Model:
     bundle: Bundle | None = None
     """What a workload's version consists of; None: a plain model."""
 
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """The graph's inputs: of a workload, the columns that the model looks at."""
+        return tuple(entry.name for entry in self.session.get_inputs())
+
+    @cached_property
+    def gives(self) -> tuple[str, ...]:
+        """The graph's outputs."""
+        return tuple(entry.name for entry in self.session.get_outputs())
+
     @property
     def most_rows(self) -> int:
         """Rows that one run may hold: the largest batch that was proven."""
         return self.sizes[-1]
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Rows may differ in shape: requests share a run only where theirs agree."""
+        return any(-1 in tensor.shape[1:] for tensor in self.inputs)
+
+    @cached_property
+    def provider(self) -> str:
+        """Where it runs, in ONNX Runtime's words: for example `CPUExecutionProvider`."""
+        return provider_of(self.session)
 
     def expected(self, rows: int) -> float:
         """Seconds that a run of so many rows takes, from what was measured while warming."""
@@ -69,9 +90,8 @@ class Model:
 
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The graph's outputs for its inputs, [n, ...] each."""
-        names = [entry.name for entry in self.session.get_outputs()]
-        wanted = {entry.name: tensors[entry.name] for entry in self.session.get_inputs()}
-        return dict(zip(names, self.session.run(names, wanted), strict=True))
+        wanted = {name: tensors[name] for name in self.reads}
+        return dict(zip(self.gives, run(self.session, self.gives, wanted), strict=True))
 
 
 def load(workload: str, version: int, folder: Path, providers: Providers, *, plain: bool = False) -> Model:
@@ -168,7 +188,7 @@ def _timed(model: Model, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, n
 
 def _with_seconds(model: Model, sizes: Sequence[int], seconds: Sequence[float]) -> Model:
     # A larger batch is never taken to be quicker than a smaller one: one run is measured, on a machine that has others.
-    return Model(**{**vars(model), "sizes": tuple(sizes), "seconds": tuple(np.maximum.accumulate(seconds).tolist())})
+    return replace(model, sizes=tuple(sizes), seconds=tuple(np.maximum.accumulate(seconds).tolist()))
 
 
 def _line(error: Exception) -> str:

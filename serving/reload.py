@@ -20,10 +20,13 @@ from pathlib import Path
 import psutil
 
 from noria.errors import ServiceError
-from noria.settings import Settings
+from noria.settings import Settings, variables
 from registry.store import Store
+from serving.config import Config
 from serving.drain import Drain
 from serving.fleet import Fleet
+from serving.guard import protection
+from serving.limits import PREFIX
 from serving.reconcile import Reconciler
 from serving.supervise import MB, Plan, listen
 
@@ -33,18 +36,24 @@ LAST_DRAIN_SECONDS = 60
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, host: str, port: int, mlflow_url: str, grpc_port: int | None = None) -> None:
+def serve(
+    settings: Settings, host: str, port: int, mlflow_url: str, *, grpc_port: int | None = None, is_open: bool = False
+) -> None:
     """Serve until SIGTERM or SIGINT; blocks. Requests in flight are finished and the log is drained before it returns.
 
+    `is_open` lets others than this machine in without a key.
+
     Raises:
+        SettingsError: a setting is malformed, or others could reach a server that asks for no key.
         ServiceError: the port is taken, or another server uses the same home.
     """
+    config = _config(settings, host, is_open)
     with _alone(settings.serving):
         listener = listen(host, port)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
-        fleet = Fleet(_plan(settings, listener, grpc_port), settings.workers)
+        fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers)
         drain = Drain(settings.serving / "log", str(settings.lake))
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
         threads = [threading.Thread(target=_repeat, args=(drain.step, DRAIN_SECONDS, stop), name="drain")]
@@ -64,9 +73,17 @@ def serve(settings: Settings, host: str, port: int, mlflow_url: str, grpc_port: 
             _drain_rest(drain)
 
 
-def _plan(settings: Settings, listener: socket.socket, grpc_port: int | None) -> Plan:
+def _plan(settings: Settings, listener: socket.socket, grpc_port: int | None, config: Config) -> Plan:
     memory = settings.load_memory_mb * MB or psutil.virtual_memory().total // 2 // settings.workers
-    return Plan(listener, settings.serving, settings.providers, grpc_port, settings.load_seconds, memory)
+    return Plan(listener, settings.serving, settings.providers, grpc_port, config, settings.load_seconds, memory)
+
+
+def _config(settings: Settings, host: str, is_open: bool) -> Config:
+    """How the workers answer. Raises SettingsError."""
+    limits = variables(PREFIX)
+    guarded = protection(settings, limits, host, is_open=is_open, workers=settings.workers)
+    acks = dict(part.split("=") for part in settings.acks.split(",") if part)
+    return Config(guarded, settings.ack, {name.strip(): ack.strip() for name, ack in acks.items()})
 
 
 def _repeat_quickly(fleet: Fleet, stop: threading.Event) -> None:

@@ -1,13 +1,16 @@
-"""One request as a plain function: bytes in, an answer out. What `serving.app` calls, in the event loop or beside it.
+"""From a whole request to its answer, whatever brought it here: the hot protocol, the ASGI application, or gRPC.
 
-The order matters: decode, score, encode, log, and only then is the answer handed back to be sent. Not here: HTTP.
+The order matters: decode, run, log, encode, and only then is the answer sent; where the workload asks for it, after
+the log is on the disk. Not here: HTTP, batching (`serving.batcher`), encodings.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,74 +18,210 @@ import orjson
 
 from noria.errors import SchemaError
 from noria.runtime import SCORE
-from noria.schema import Schema
 from registry.bundle import Bundle
-from serving.capture import Log, batch_ids, new_base
+from serving.arrow import CONTENT_TYPE as ARROW
+from serving.arrow import decode_arrow
+from serving.batcher import Batcher, Call, Recorded
+from serving.capture import Log
+from serving.commit import GroupCommit
+from serving.config import Config
 from serving.engine import Engine
+from serving.guard import Guard
+from serving.ids import Ids, expand
+from serving.limits import Limits, inflate
 from serving.metrics import Metrics
 from serving.model import Model
 from serving.protocol import decode_feedback, decode_predict
 from serving.tensors import decode_infer, metadata
-from serving.wire import Answer, Asked, Refusal, Rows, Scored, as_json, refused
+from serving.wire import Answer, Asked, Refusal, as_json, refused
+
+INLINE_BYTES = 64 * 1024
+"""Labels in a body up to this size are read in the event loop."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A whole request to one of the hot routes."""
+
+    route: str
+    """predict, infer or feedback."""
+    workload: str
+    body: bytes
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+    """Lower-case names; at least those of `WANTED` that were sent."""
+    version: int | None = None
+
+
+WANTED = frozenset({
+    b"content-type", b"content-encoding", b"inference-header-content-length", b"x-request-timeout-ms", b"authorization",
+    b"traceparent", b"host", b"accept",
+})  # fmt: skip
+"""Headers that mean something to a hot route."""
 
 
 class Service:
-    """The routes that need a model."""
+    """What a worker can be asked."""
 
-    def __init__(self, engine: Engine, log: Log, metrics: Metrics) -> None:
-        self.engine, self.log, self.metrics = engine, log, metrics
-        self.routes: dict[str, Callable[[str, bytes], Answer]] = {
-            "predict": self.predict,
-            "infer": self.infer,
-            "feedback": self.feedback,
-        }
+    def __init__(self, engine: Engine, log: Log, metrics: Metrics, ids: Ids, config: Config | None = None) -> None:
+        self.engine, self.log, self.metrics, self.ids = engine, log, metrics, ids
+        self.config = config or Config()
+        self.limits = self.config.limits
+        self.guard = Guard(self.config.protection) if self.config.protection else None
+        self.commit = GroupCommit(log)
+        self.batcher = Batcher(engine, self, self.limits.queue)
+        self.threads = ThreadPoolExecutor(2, "feedback")
 
-    def handle(self, route: str, workload: str, body: bytes) -> Answer:
-        """Answer one request to a route; whatever a client does wrong is a refusal, never an exception."""
-        began = time.perf_counter()
+    def accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:
+        """Answer a request, soon: `reply` is called once, in the event loop. Returns what may be marked as gone."""
         try:
-            answer = self.routes[route](workload, body)
+            if request.headers:
+                self._prepare(request)
+            if request.route == "feedback":
+                self._feedback(request, reply)
+                return None
+            call = self._call(request, reply)
         except Refusal as refusal:
-            answer = refused(refusal)
-        except SchemaError as error:
-            answer = refused(Refusal(422, str(error)))
-        except RecursionError:
-            answer = refused(Refusal(400, "The JSON is nested too deeply."))
-        model = self.engine.models.get(workload)
-        version = model.version if model else 0
-        self.metrics.answered(route, workload, version, answer.status, time.perf_counter() - began, answer.rows)
-        return answer
+            self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
+            reply(refused(refusal))
+            return None
+        self.batcher.submit(call)
+        return call
 
-    def predict(self, workload: str, body: bytes) -> Answer:
-        """`POST /predict/{workload}`."""
-        return self._answer(workload, partial(decode_predict, body))
+    def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> Refusal | None:
+        """Why a request may not go on; None: it may. `path` is decoded, `client` an IP address."""
+        if self.guard is None:
+            return None
+        try:
+            self.guard.admit(method, path, headers.get(b"host"), headers.get(b"authorization"), client)
+        except Refusal as refusal:
+            self.metrics.refused("", "rate" if refusal.status == 429 else "auth")
+            return refusal
+        return None
 
-    def infer(self, workload: str, body: bytes) -> Answer:
-        """`POST /v2/models/{workload}/infer`."""
-        return self._answer(workload, partial(decode_infer, body))
+    def _prepare(self, request: Request) -> None:
+        """What headers say about the body. Raises Refusal."""
+        encoding = request.headers.get(b"content-encoding")
+        if encoding is not None:
+            request.body = inflate(request.body, encoding, self.limits)
 
-    def _answer(self, workload: str, decode: Callable[[Model], Asked]) -> Answer:
+    def _call(self, request: Request, reply: Callable[[Answer], None]) -> Call:
+        body, headers = request.body, request.headers
+        decode: Callable[[Model], Asked]
+        if request.route == "infer":
+            length = headers.get(b"inference-header-content-length")
+            size = None if length is None else _whole(length, "Inference-Header-Content-Length")
+
+            def decode(model: Model) -> Asked:
+                return decode_infer(body, model, size)
+        elif _kind(headers) == ARROW:
+
+            def decode(model: Model) -> Asked:
+                return decode_arrow(body, model)
+        else:
+            _check_json(headers)
+
+            def decode(model: Model) -> Asked:
+                return decode_predict(body, model)
+
+        call = Call(request.route, request.workload, decode, reply, len(body), request.version)
+        timeout = headers.get(b"x-request-timeout-ms")
+        if timeout is not None:
+            call.deadline = time.perf_counter() + _whole(timeout, "X-Request-Timeout-Ms") / 1000
+        return call
+
+    def close(self) -> None:
+        """Let go of the files that are open."""
+        if self.guard is not None:
+            self.guard.close()
+
+    # What the batcher asks
+
+    def record(
+        self,
+        model: Model,
+        calls: Sequence[Call],
+        tensors: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        began: float,
+    ) -> Recorded:
+        """Give the rows of a batch their ids and actions, and log them."""
+        rows = sum(call.asked.rows.count for call in calls if call.asked)
+        actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
+        base = self.ids.base(model.workload, rows)
+        logged = self.log.predictions(
+            model, base=base, tensors=tensors, outputs=outputs, times=_times(calls, rows), actions=actions,
+            latency_ms=(time.perf_counter() - began) * 1000,
+        )  # fmt: skip
+        # An id is a promise that the row is known: where the log could not be written there is none.
+        return Recorded(expand(base, rows) if logged else [""] * rows, actions)
+
+    def release(self, model: Model, send: Callable[[], None]) -> None:
+        """Send at once, or after the log is on the disk."""
+        if self.config.durable(model.workload):
+            self.commit.after(send)
+        else:
+            send()
+
+    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[tuple[int, float]]) -> None:
+        """Count a batch: `runs` are the rows and seconds of each run."""
+        now = time.perf_counter()
+        good = []
+        for call in calls:
+            if call.answer is not None and call.answer.status == 200:
+                good.append(call)
+            elif call.answer is not None:
+                status, seconds = call.answer.status, now - call.began
+                self.metrics.answered(call.route, model.workload, model.version, status, seconds)
+        if good:
+            self.metrics.batch(
+                model.workload, model.version, [call.route for call in good], [now - call.began for call in good],
+                rows=sum(rows for rows, _ in runs), run=sum(seconds for _, seconds in runs),
+            )  # fmt: skip
+
+    # Feedback
+
+    def _feedback(self, request: Request, reply: Callable[[Answer], None]) -> None:
+        _check_json(request.headers)
         began = time.perf_counter()
-        model, bundle = self.champion(workload)
-        asked = decode(model)
-        rows = asked.rows
-        if rows.times is None:
-            rows.times = np.full(len(rows), time.time_ns() // 1000)
-        scores, actions = self._score(model, bundle, rows)
-        base = new_base(time.time_ns() // 1_000_000)
-        answer = asked.answer(Scored(model, {SCORE: scores}, batch_ids(base, len(rows)), actions))
-        self._record(model, bundle.schema, rows, scores, actions, base=base, began=began)
-        return answer
+        _, bundle = self.champion(request.workload)
 
-    def feedback(self, workload: str, body: bytes) -> Answer:
-        """`POST /feedback/{workload}`."""
-        _, bundle = self.champion(workload)
-        ids, labels, times = decode_feedback(body, bundle.facts.task)
-        lost = self.log.lost
-        self.log.labels(workload, ids, labels, times)
-        if self.log.lost > lost:
-            raise Refusal(503, f"{self.log.failure} Send these labels again later.")
+        def done(answer: Answer) -> None:
+            elapsed = time.perf_counter() - began
+            self.metrics.answered("feedback", request.workload, 0, answer.status, elapsed, answer.rows)
+            reply(answer)
+
+        if len(request.body) <= INLINE_BYTES:
+            self._taken(self._take(request, bundle), done)
+        else:
+            work = asyncio.get_running_loop().run_in_executor(self.threads, self._take, request, bundle)
+            work.add_done_callback(lambda future: self._taken(future.result(), done))
+
+    def _taken(self, answer: Answer, done: Callable[[Answer], None]) -> None:
+        """An accepted label is on the disk before its sender hears so."""
+        if answer.status == 200:
+            self.commit.after(lambda: done(answer))
+        else:
+            done(answer)
+
+    def _take(self, request: Request, bundle: Bundle) -> Answer:
+        """All labels of a request, or none."""
+        workload = request.workload
+        try:
+            ids, labels, times = decode_feedback(request.body, bundle.facts.task)
+            for row, name in enumerate(ids):
+                if not self.ids.genuine(name, workload):
+                    raise SchemaError(f"Row {row}: no prediction of {workload} was answered with this id.", "id", row)
+            if not self.log.labels(workload, ids, labels, times):
+                raise Refusal(503, f"{self.log.failure} Send these labels again later.")
+        except Refusal as refusal:
+            return refused(refusal)
+        except SchemaError as error:
+            return refused(Refusal(422, str(error)))
+        except RecursionError:
+            return refused(Refusal(400, "The JSON is nested too deeply."))
         return Answer(200, orjson.dumps({"workload": workload, "accepted": len(ids)}), len(ids))
+
+    # What is there
 
     def metadata(self, workload: str) -> Answer:
         """`GET /v2/models/{workload}`."""
@@ -95,22 +234,14 @@ class Service:
             raise Refusal(404, f"{workload} is a plain model; ask it with POST /v2/models/{workload}/infer.")
         return model, model.bundle
 
-    def model(self, workload: str) -> Model:
-        """The model that answers for a workload. Raises Refusal 404 or 503."""
+    def model(self, workload: str, version: int | None = None) -> Model:
+        """The model that answers. Raises Refusal 404 when there is no such workload or version, 503 when not ready."""
         model = self.engine.models.get(workload)
-        if model is not None:
-            return model
-        known = sorted({*self.engine.models, *self.engine.known})
-        if known and workload not in known:
-            raise Refusal(404, f"There is no workload '{workload}'; there are: {', '.join(known)}.")
-        desired = self.engine.known.get(workload)
-        if desired is not None and desired.version is not None:
-            raise Refusal(503, f"Version {desired.version} of {workload} is not ready; try again in some seconds.")
-        raise Refusal(
-            503,
-            f"No version of {workload} has the alias champion; promote one in the MLflow UI or run "
-            f"noria promote {workload} VERSION.",
-        )
+        if model is None:
+            raise self.engine.refusal(workload)
+        if version is not None and version != model.version:
+            raise Refusal(404, f"Version {version} of {workload} does not serve; {model.version} does.")
+        return model
 
     def status(self) -> Answer:
         """`GET /status`: by workload the version, since when, what was last asked for, and rows not yet in the lake."""
@@ -131,27 +262,34 @@ class Service:
         log = {"lost": self.log.lost, "failure": self.log.failure or None}
         return as_json({"ready": self.engine.ready, "workloads": workloads, "log": log})
 
-    def _score(self, model: Model, bundle: Bundle, rows: Rows) -> tuple[np.ndarray, list[str | None]]:
-        scores = model.run(rows.tensors)[SCORE]
-        finite = np.isfinite(scores)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            raise Refusal(422, f"Row {row}: the model has no finite score for these values; check them for extremes.")
-        return scores, bundle.bands.actions(scores)
 
-    def _record(
-        self,
-        model: Model,
-        schema: Schema,
-        rows: Rows,
-        scores: np.ndarray,
-        actions: list[str | None],
-        *,
-        base: int,
-        began: float,
-    ) -> None:
-        elapsed = (time.perf_counter() - began) * 1000
-        self.log.predictions(
-            model.workload, model.version, schema,
-            base=base, rows=rows, scores=scores, actions=actions, latency_ms=elapsed,
-        )  # fmt: skip
+def too_large(limits: Limits) -> Refusal:
+    """The refusal of a body that is larger than is read."""
+    return Refusal(413, f"The body is larger than {limits.body_bytes:,} bytes; send fewer records in a request.")
+
+
+def _times(calls: Sequence[Call], rows: int) -> np.ndarray:
+    """When each row of a batch happened, microseconds [rows]."""
+    now = time.time_ns() // 1000
+    if all(call.asked.rows.times is None for call in calls if call.asked):
+        return np.full(rows, now)
+    parts = [call.asked.rows for call in calls if call.asked]
+    return np.concatenate([np.full(part.count, now) if part.times is None else part.times for part in parts])
+
+
+def _kind(headers: Mapping[bytes, bytes]) -> bytes:
+    return headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+
+
+def _check_json(headers: Mapping[bytes, bytes]) -> None:
+    """Raises Refusal 415 where a content type is given that is not JSON."""
+    kind = _kind(headers)
+    if kind and kind != b"application/json" and not kind.endswith(b"+json"):
+        shown = kind.decode("latin-1")[:60]
+        raise Refusal(415, f"The body is said to be {shown}; send the header Content-Type: application/json.")
+
+
+def _whole(value: bytes, name: str) -> int:
+    if not value.isdigit() or len(value) > 12:
+        raise Refusal(400, f"The header {name} must be a whole number.")
+    return int(value)

@@ -8,6 +8,7 @@ Not here: what should serve, and how many workers there are (`serving.fleet`).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import sys
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +27,12 @@ import psutil
 from noria.errors import ServiceError
 from noria.runtime import Providers
 from noria.settings import child_environment
+from serving.config import Config
 
 BACKLOG = 2048
 MB = 2**20
+NUMBERS = itertools.count(int.from_bytes(os.urandom(2), "big"))
+"""Of the workers that this process starts, in a row."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,6 +60,8 @@ class Plan:
     """The server's state."""
     providers: Providers = "auto"
     grpc_port: int | None = None
+    config: Config = field(default_factory=Config)
+    """How they answer."""
     load_seconds: float = 60
     """How long loading and proving one version may take."""
     load_memory: int = 0
@@ -102,7 +108,8 @@ class Worker:
         command = [
             sys.executable, "-m", "serving.worker", "--socket", str(self.plan.listener.fileno()),
             "--folder", str(self.plan.folder), "--generation", str(path), "--report", str(reports),
-            "--source", uuid.uuid4().hex[:12], "--providers", self.plan.providers,
+            "--source", uuid.uuid4().hex[:12], "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
+            "--providers", self.plan.providers,
         ]  # fmt: skip
         return command if self.plan.grpc_port is None else [*command, "--grpc", str(self.plan.grpc_port)]
 

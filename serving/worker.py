@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import gc
 import logging
@@ -32,18 +33,21 @@ from noria.runtime import Providers
 from serving import generation, state
 from serving.app import App
 from serving.capture import Log
+from serving.config import Config
 from serving.engine import Engine, Unloadable
+from serving.http import protocol, sweep
+from serving.ids import Ids, read_key
 from serving.metrics import Metrics
 from serving.service import Service
 
 LOOK_SECONDS = 0.2
 """How often the files that say what is known are looked at."""
+METRICS_SECONDS = 1.0
+"""How often this worker's numbers are written for the other workers to add up."""
 ROTATE_SECONDS = 0.5
 """How long a logged row waits at most until its segment is handed over."""
 GRACE_SECONDS = 10
 """How long requests in flight may take once the worker is told to end."""
-IDLE_SECONDS = 1.0
-"""How long a connection may stay idle once the worker is told to end: the client's next request is still answered."""
 FAILED = 3
 """Exit code of a worker that said why it cannot load its generation."""
 PR_SET_PDEATHSIG = 1
@@ -85,7 +89,7 @@ def _die_with_parent(number: int) -> None:
 
 
 class Server(uvicorn.Server):
-    """Says when it accepts; when it ends, an open connection gets its next answer with `connection: close`."""
+    """Says when it accepts. How connections end with it is their own business (`serving.http`)."""
 
     def __init__(self, config: uvicorn.Config, accepting: Callable[[], None]) -> None:
         super().__init__(config)
@@ -96,23 +100,19 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self.accepting()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let clients finish, and close."""
-        for server in self.servers:
-            server.close()
-        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
-        deadline = time.monotonic() + IDLE_SECONDS
-        while self.server_state.connections and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        await super().shutdown(sockets)
 
-
-async def run(server: Server, listener: socket.socket, engine: Engine, log: Log, folder: Path) -> None:
+async def run(server: Server, listener: socket.socket, service: Service, folder: Path) -> None:
     """Answer requests until told to end; every logged row is handed over at the end."""
-    follower = Follower(engine, folder)
+    log, metrics, connections = service.log, service.metrics, server.server_state.connections
+    metrics.before += [
+        lambda: _look_at_log(metrics, service.engine, log),
+        lambda: metrics.connected(len(connections)),
+    ]
     repeated = [
-        asyncio.create_task(_repeat(follower.step, LOOK_SECONDS)),
+        asyncio.create_task(_repeat(Follower(service.engine, folder).step, LOOK_SECONDS)),
         asyncio.create_task(_repeat(log.rotate, ROTATE_SECONDS)),
+        asyncio.create_task(_repeat(metrics.dump, METRICS_SECONDS)),
+        asyncio.create_task(sweep(connections)),
     ]
     try:
         await server.serve(sockets=[listener])
@@ -120,6 +120,21 @@ async def run(server: Server, listener: socket.socket, engine: Engine, log: Log,
         for task in repeated:
             task.cancel()
         log.rotate()
+        metrics.dump(ended=True)
+        service.close()
+
+
+def _look_at_log(metrics: Metrics, engine: Engine, log: Log) -> None:
+    """Tell the metrics what of the log is not in the lake yet."""
+    oldest: dict[str, float] = {}
+    for path in log.ready_folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it went into the lake meanwhile
+            name, written = path.name.split(".")[0], path.stat().st_mtime
+            oldest[name] = min(written, oldest.get(name, written))
+    pending = log.pending()
+    for workload in {*engine.models, *pending}:
+        metrics.log_lag(workload, *pending.get(workload, (0, 0)), oldest.get(workload))
+    metrics.log_lost(log.lost)
 
 
 class Follower:
@@ -137,7 +152,7 @@ class Follower:
             self._seen = mark
 
 
-async def _repeat(step: Callable[[], None], seconds: float) -> None:
+async def _repeat(step: Callable[[], object], seconds: float) -> None:
     """Call `step` in a thread again and again; a failure is logged, and the next call tries again."""
     while True:
         await asyncio.sleep(seconds)
@@ -163,6 +178,14 @@ def load(parent: Parent, path: Path, providers: Providers) -> Engine:
     return engine
 
 
+def build(engine: Engine, config: Config, folder: Path, source: str, number: int) -> Service:
+    """What answers, over an engine that is loaded. `source` names this process's life, `number` its ids."""
+    metrics = Metrics(folder / "metrics", source)
+    for model in engine.models.values():
+        metrics.loaded(model.workload, model.version, model.provider)
+    return Service(engine, Log(folder / "log", source), metrics, Ids(read_key(folder), number), config)
+
+
 def main() -> None:
     """The process's entry point."""
     given = _arguments()
@@ -170,9 +193,9 @@ def main() -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     parent = Parent(given.report)
     engine = load(parent, given.generation, given.providers)
-    log = Log(given.folder / "log", given.source)
+    service = build(engine, Config.from_json(given.config), given.folder, given.source, given.number)
     config = uvicorn.Config(
-        App(Service(engine, log, Metrics())), http="httptools", ws="none", lifespan="off", access_log=False,
+        App(service), http=protocol(service), ws="none", lifespan="off", access_log=False,
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     server = Server(config, lambda: parent.tell(accepting=True))
@@ -183,7 +206,7 @@ def main() -> None:
     engine.follow(given.folder)
     listener = socket.socket(fileno=given.socket)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(server, listener, engine, log, given.folder))
+        runner.run(run(server, listener, service, given.folder))
 
 
 def _arguments() -> argparse.Namespace:
@@ -193,6 +216,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="the server's state")
     parser.add_argument("--generation", type=Path, required=True, help="the file that says what to load")
     parser.add_argument("--source", required=True, help="this worker's name in the prediction log")
+    parser.add_argument("--number", type=int, required=True, help="makes its prediction ids unlike those of others")
+    parser.add_argument("--config", required=True, help="how it answers, as JSON (`serving.config`)")
     parser.add_argument("--providers", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto")
     parser.add_argument("--grpc", type=int, default=None, help="port of the gRPC server; none without it")
     return parser.parse_args()

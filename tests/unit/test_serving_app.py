@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from registry.bundle import write
 from registry.manifest import seal
 from registry.proof import Proof
-from serving.app import MOST_BYTES, App
+from serving.app import App
 from serving.capture import Log
 from serving.engine import Engine
+from serving.ids import Ids
 from serving.metrics import Metrics
 from serving.service import Service
 from serving.state import Desired
@@ -72,7 +73,7 @@ def app(bundles, tmp_path_factory):
     engine.known["trips"] = Desired("trips", 1, str(bundles / "1"), "a")
     assert engine.take(engine.known["trips"]).status == "serving"
     engine.known["buses"] = Desired("buses", None)
-    return App(Service(engine, Log(tmp_path_factory.mktemp("log"), "one"), Metrics()))
+    return App(Service(engine, Log(tmp_path_factory.mktemp("log"), "one"), Metrics(), Ids(b"k" * 32, 1)))
 
 
 def test_predict(app):
@@ -143,8 +144,8 @@ def test_content_type_and_size(app):
     utf8 = ((b"content-type", b"application/json; charset=utf-8"),)
     assert post(app, "/predict/trips", [RECORD], headers=utf8)[0] == 200
     assert post(app, "/predict/trips", [RECORD], headers=())[0] == 200
-    status, body, _ = ask(app, "POST", "/predict/trips", b" " * (MOST_BYTES + 1), pieces=20)
-    assert (status, "10 MB" in orjson.loads(body)["error"]) == (413, True)
+    status, body, _ = ask(app, "POST", "/predict/trips", b" " * (app.service.limits.body_bytes + 1), pieces=20)
+    assert (status, "larger than 10,485,760" in orjson.loads(body)["error"]) == (413, True)
 
 
 def test_a_client_that_leaves_early_is_no_fault(app):
@@ -183,8 +184,10 @@ def test_the_examples_of_the_documentation_work(app):
     tried = 0
     for path, entry in paths.items():
         if "post" in entry:
-            content = entry["post"]["requestBody"]["content"]["application/json"]
-            assert post(app, path, content["example"])[0] == 200
+            example = entry["post"]["requestBody"]["content"]["application/json"]["example"]
+            if path.startswith("/feedback"):  # as the page does it: an id that was answered
+                example["labels"][0]["id"] = post(app, "/predict/trips", RECORD)[1]["predictions"][0]["id"]
+            assert post(app, path, example)[0] == 200
             tried += 1
     assert tried == 3
 

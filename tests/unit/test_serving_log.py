@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 
 from noria.lake import Lake
 from noria.records import Window
-from serving.capture import Log, batch_ids, new_base
+from registry.bundle import write
+from serving.capture import Log
 from serving.drain import Drain, read
+from serving.ids import Ids, expand
+from serving.model import load
 from serving.protocol import read_records
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
@@ -27,19 +31,30 @@ def place(tmp_path):
     return tmp_path / "log", str(tmp_path / "lake")
 
 
-def put(log, schema, records=RECORDS, version=1, workload="trips"):
-    rows = read_records(orjson.dumps(records), schema)
-    base = new_base(1_584_261_000_000)
+IDS = Ids(b"k" * 32, 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, make_contents):
+    folder = tmp_path_factory.mktemp("bundle")
+    write(folder, make_contents())
+    return load("trips", 1, folder, "cpu")
+
+
+def put(log, model, records=RECORDS, version=1, workload="trips"):
+    rows = read_records(orjson.dumps(records), model.bundle.schema)
+    base = IDS.base(workload, len(records))
     scores = np.arange(len(records), dtype=np.float32) + 0.1
     log.predictions(
-        workload, version, schema, base=base, rows=rows, scores=scores, actions=["short"] * len(records), latency_ms=0.5
-    )
-    return batch_ids(base, len(records))
+        replace(model, version=version, workload=workload), base=base, tensors=rows.tensors, outputs={"score": scores},
+        times=rows.times, actions=["short"] * len(records), latency_ms=0.5,
+    )  # fmt: skip
+    return expand(base, len(records))
 
 
-def test_rows_come_out_as_they_were_sent(place, trips_schema):
+def test_rows_come_out_as_they_were_sent(place, model, trips_schema):
     log = Log(place[0], "one")
-    ids = put(log, trips_schema)
+    ids = put(log, model)
     log.labels("trips", ids[:1], [7.5], np.array([1_600_000_000_000_000]))
     assert log.pending() == {"trips": (3, 1)}
     log.rotate()
@@ -57,21 +72,14 @@ def test_rows_come_out_as_they_were_sent(place, trips_schema):
     assert [(row["prediction_id"], row["label"]) for row in judged] == [(ids[0], 7.5)]
 
 
-def test_ids_sort_by_time_and_do_not_repeat():
-    ids = [*batch_ids(new_base(1), 1000), *batch_ids(new_base(2), 1000)]
-    assert len(set(ids)) == 2000
-    assert ids == sorted(ids)
-    assert {len(name) for name in ids} == {32}
-
-
-def test_many_segments_versions_and_workloads(place, trips_schema):
+def test_many_segments_versions_and_workloads(place, model, trips_schema):
     log = Log(place[0], "one")
     ids = []
     for version in (1, 1, 2):
         for _ in range(5):
-            ids += put(log, trips_schema, version=version)
+            ids += put(log, model, version=version)
         log.rotate()
-    other = put(log, trips_schema, workload="buses")
+    other = put(log, model, workload="buses")
     log.rotate()
     assert Drain(*place).step() == 32
     rows = Lake(place[1], "trips", trips_schema).predictions(EVER)
@@ -80,26 +88,26 @@ def test_many_segments_versions_and_workloads(place, trips_schema):
     assert Lake(place[1], "buses", trips_schema).predictions(EVER).column("prediction_id").to_pylist() == other
 
 
-def test_a_parent_killed_before_it_cleaned_up_does_not_append_twice(place, trips_schema, tmp_path):
+def test_a_parent_killed_before_it_cleaned_up_does_not_append_twice(place, model, trips_schema, tmp_path):
     log = Log(place[0], "one")
-    first = put(log, trips_schema)
+    first = put(log, model)
     log.rotate()
     kept = {path.name: path.read_bytes() for path in (place[0] / "ready").iterdir()}
     Drain(*place).step()
     for name, content in kept.items():  # as if it had been killed between the commit and the removal
         (place[0] / "ready" / name).write_bytes(content)
-    second = put(log, trips_schema)
+    second = put(log, model)
     log.rotate()
     Drain(*place).step()
     rows = Lake(place[1], "trips", trips_schema)._read("predictions", None, None, "event_time")
     assert sorted(rows.column("prediction_id").to_pylist()) == sorted(first + second)
 
 
-def test_segments_of_a_dead_worker_are_adopted_without_their_torn_end(place, trips_schema):
+def test_segments_of_a_dead_worker_are_adopted_without_their_torn_end(place, model, trips_schema):
     log = Log(place[0], "one")
-    handed = put(log, trips_schema)
+    handed = put(log, model)
     log.rotate()
-    left = put(log, trips_schema)
+    left = put(log, model)
     (path,) = (place[0] / "open").iterdir()
     drain = Drain(*place)
     assert drain.adopt() == 0  # its writer lives
@@ -112,11 +120,11 @@ def test_segments_of_a_dead_worker_are_adopted_without_their_torn_end(place, tri
     assert not list((place[0] / "open").iterdir())
 
 
-def test_an_adopted_segment_is_not_taken_for_an_old_one(place, trips_schema):
+def test_an_adopted_segment_is_not_taken_for_an_old_one(place, model, trips_schema):
     log = Log(place[0], "one")
-    stuck = put(log, trips_schema)
+    stuck = put(log, model)
     segment = log._segments.pop("trips")  # never handed over
-    later = put(log, trips_schema)
+    later = put(log, model)
     log.rotate()
     drain = Drain(*place)
     drain.step()
@@ -126,9 +134,9 @@ def test_an_adopted_segment_is_not_taken_for_an_old_one(place, trips_schema):
     assert sorted(rows.column("prediction_id").to_pylist()) == sorted(stuck + later)
 
 
-def test_a_damaged_line_is_kept_for_a_person_and_holds_up_nothing(place, trips_schema):
+def test_a_damaged_line_is_kept_for_a_person_and_holds_up_nothing(place, model, trips_schema):
     log = Log(place[0], "one")
-    ids = put(log, trips_schema)
+    ids = put(log, model)
     log.rotate()
     (path,) = (place[0] / "ready").iterdir()
     path.write_bytes(path.read_bytes() + b"what is this\n")
@@ -139,17 +147,17 @@ def test_a_damaged_line_is_kept_for_a_person_and_holds_up_nothing(place, trips_s
     assert not list((place[0] / "ready").iterdir())
 
 
-def test_a_failing_write_is_counted_and_the_rest_stays_readable(place, trips_schema):
+def test_a_failing_write_is_counted_and_the_rest_stays_readable(place, model, trips_schema):
     log = Log(place[0], "one")
-    before = put(log, trips_schema)
+    before = put(log, model)
     segment = log._segments["trips"]
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, segment.descriptor)
     os.close(full)
-    put(log, trips_schema)
+    put(log, model)
     assert log.lost == 2
     assert "No space left" in log.failure
-    after = put(log, trips_schema)
+    after = put(log, model)
     assert log.failure == ""
     log.rotate()
     Drain(*place).step()
@@ -157,9 +165,9 @@ def test_a_failing_write_is_counted_and_the_rest_stays_readable(place, trips_sch
     assert sorted(rows.column("prediction_id").to_pylist()) == sorted(before + after)
 
 
-def test_reading_a_segment_needs_nothing_else(place, trips_schema):
+def test_reading_a_segment_needs_nothing_else(place, model, trips_schema):
     log = Log(place[0], "one")
-    put(log, trips_schema)
+    put(log, model)
     log.rotate()
     (path,) = (place[0] / "ready").iterdir()
     tables, broken = read(path.read_bytes())

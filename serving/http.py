@@ -1,0 +1,275 @@
+"""The hot routes, inside uvicorn's own protocol class: a request that is whole goes to the batcher without ASGI.
+
+uvicorn goes on parsing HTTP, keeping connections, and running everything else through the ASGI application; a request
+that arrives while an earlier one of its connection is not answered (pipelining) goes that way, too, so answers keep
+their order. Added here is what uvicorn does not limit: the size of headers and bodies, the time that both may take,
+idle connections, and their number. Not here: what an answer is (`serving.service`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.routes import Hot, hot_url
+from serving.service import WANTED, Request, Service, too_large
+from serving.wire import Answer, Refusal, refused
+
+SWEEP_SECONDS = 0.5
+"""How often connections are looked at that took too long."""
+LAST_WORDS_SECONDS = 2.0
+"""How long a connection may stay idle once the worker drains: a client that has just sent a request is still
+answered."""
+SPLIT_BYTES = 64 * 1024
+"""A larger answer is written after its head instead of being copied behind it."""
+
+JSON = b"application/json"
+STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
+class _Nobody:
+    """Stands where uvicorn keeps the event that wakes an ASGI application: nobody waits for a hot request's body."""
+
+    def set(self) -> None:
+        """Wake nobody."""
+
+
+class Exchange:
+    """One hot request and its answer. uvicorn's protocol takes it for one of its own request cycles."""
+
+    __slots__ = ("body", "call", "disconnected", "headers", "keep_alive", "message_event", "response_complete", "route")
+
+    def __init__(self, route: Hot, keep_alive: bool) -> None:
+        self.route, self.keep_alive = route, keep_alive
+        self.headers: dict[bytes, bytes] = {}
+        self.body: bytes | bytearray = b""
+        self.call: Any = None
+        self.response_complete = False
+        self.disconnected = False
+        self.message_event = _Nobody()
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection."""
+
+    service: Service
+    """Set on a subclass that `protocol` makes."""
+    usual: tuple[Any, bytes] = (None, b"")
+    draining = False
+
+    # Connections
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self.limits = self.service.limits
+        self.since = self.loop.time()
+        self.reading = "headers"
+        """What is waited for: headers (of a request that has begun, or of the first), body, answer, or next (idle)."""
+        self.header_size = 0
+        self.exchange: Exchange | None = None
+        if len(self.connections) > self.limits.connections:
+            self._refuse(Refusal(503, f"There are {self.limits.connections} connections; try again in a second."))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left: what it asked for is dropped from its batch."""
+        if self.exchange is not None and self.exchange.call is not None:
+            self.exchange.call.gone = True
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The worker ends: finish what is asked, let go of the connection with the next answer or when it stays
+        idle."""
+        self.draining = True
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def sweep(self, now: float) -> None:
+        """Let go of a connection that takes too long."""
+        waited, limits = now - self.since, self.limits
+        if self.transport.is_closing():
+            return
+        if self.reading == "headers" and waited > limits.header_seconds:
+            self._refuse(Refusal(408, f"The headers did not arrive within {limits.header_seconds:g} s."))
+        elif self.reading == "body" and waited > limits.body_seconds:
+            self._refuse(Refusal(408, f"The body did not arrive within {limits.body_seconds:g} s."))
+        elif self.reading == "next" and waited > (LAST_WORDS_SECONDS if self.draining else limits.idle_seconds):
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client does not read its answers: its next requests wait, too."""
+        super().pause_writing()
+        self.flow.pause_reading()
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        super().resume_writing()
+        self.flow.resume_reading()
+
+    # Parser callbacks
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have arrived."""
+        if self.reading == "headers":
+            self.header_size += len(data)
+        super().data_received(data)
+        if (
+            self.reading == "headers"
+            and self.header_size > self.limits.header_bytes
+            and not self.transport.is_closing()
+        ):
+            self._refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
+
+    def on_message_begin(self) -> None:
+        """A request begins. What uvicorn prepares for ASGI is left until it is known to go there."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self.exchange = None
+        self.reading = "headers"
+        self.header_size = 0
+        self.since = self.loop.time()
+
+    def on_headers_complete(self) -> None:
+        """The hot routes part from the others."""
+        self.reading = "body"
+        cycle = self.cycle
+        free = cycle is None or cycle.response_complete
+        route = hot_url(self.url) if free and self.parser.get_method() == b"POST" else None
+        if route is None:
+            self._to_asgi()
+            return
+        keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive() and not self.draining
+        self.cycle = self.exchange = exchange = Exchange(route, keep)  # type: ignore[assignment]
+        for name, value in self.headers:
+            if name in WANTED:
+                exchange.headers[name] = value
+            elif name == b"content-length" and int(value) > self.limits.body_bytes:
+                self._answer(exchange, refused(too_large(self.limits)))
+                return
+        refusal = self.service.admit("POST", route.path, exchange.headers, self.client[0] if self.client else "")
+        if refusal is not None:
+            self._answer(exchange, refused(refusal))
+        elif self.expect_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        exchange = self.exchange
+        if exchange is None:
+            super().on_body(body)
+        elif not exchange.response_complete:
+            if not exchange.body:
+                exchange.body = body
+            else:
+                if isinstance(exchange.body, bytes):
+                    exchange.body = bytearray(exchange.body)
+                exchange.body += body
+            if len(exchange.body) > self.limits.body_bytes:
+                exchange.body = b""
+                self._answer(exchange, refused(too_large(self.limits)))
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        exchange = self.exchange
+        if exchange is None:
+            self.reading = "answer"
+            super().on_message_complete()
+        elif exchange.response_complete:  # refused before its body had arrived
+            self._rest()
+        else:
+            self.reading = "answer"
+            route, body = exchange.route, bytes(exchange.body)
+            request = Request(route.name, route.workload, body, exchange.headers, route.version)
+            exchange.call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
+
+    def on_response_complete(self) -> None:
+        """An ASGI answer has been sent."""
+        self._rest()
+        super().on_response_complete()
+        self._unset_keepalive_if_required()  # `sweep` sees to idle connections
+
+    # Answers
+
+    def _to_asgi(self) -> None:
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        super().on_headers_complete()
+        if self.draining and self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def _answer(self, exchange: Exchange, answer: Answer) -> None:
+        if exchange.disconnected or exchange.response_complete or self.transport.is_closing():
+            return
+        exchange.response_complete = True
+        keep = exchange.keep_alive
+        self._write(answer, keep)
+        self.server_state.total_requests += 1
+        if not keep:
+            self.transport.close()
+            return
+        if self.reading == "answer":
+            self._rest()
+        if self.pipeline:
+            self.flow.resume_reading()
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+
+    def _rest(self) -> None:
+        self.reading = "next"
+        self.since = self.loop.time()
+
+    def _write(self, answer: Answer, keep: bool) -> None:
+        size = str(len(answer.body)).encode()
+        if answer.status == 200 and keep and not answer.headers and answer.content_type == JSON:
+            head = b"%b%b\r\n\r\n" % (self._usual(), size)
+        else:
+            more = b"".join([b"%b: %b\r\n" % header for header in answer.headers])
+            start = STATUS[answer.status] + self._defaults()
+            close = b"" if keep else b"connection: close\r\n"
+            head = b"%bcontent-type: %b\r\n%b%bcontent-length: %b\r\n\r\n" % (
+                start, answer.content_type, more, close, size,
+            )  # fmt: skip
+        if len(answer.body) <= SPLIT_BYTES:
+            self.transport.write(head + answer.body)
+        else:
+            self.transport.write(head)
+            self.transport.write(answer.body)
+
+    def _usual(self) -> bytes:
+        """The head of nearly every answer, but for the length; it holds the date, which changes each second."""
+        current = self.server_state.default_headers
+        known, text = Protocol.usual
+        if current is not known:
+            text = b"%b%bcontent-type: %b\r\ncontent-length: " % (STATUS[200], self._defaults(), JSON)
+            Protocol.usual = current, text
+        return text
+
+    def _defaults(self) -> bytes:
+        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer what is no request, and let go of the connection."""
+        if self.exchange is None or not self.exchange.response_complete:
+            self._write(refused(refusal), keep=False)
+        self.transport.close()
+
+
+def protocol(service: Service) -> type[Protocol]:
+    """The protocol class of a worker's connections."""
+    return type("Connection", (Protocol,), {"service": service})
+
+
+async def sweep(connections: set[Any]) -> None:
+    """Look at every connection again and again; runs until it is cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        now = loop.time()
+        for connection in list(connections):
+            connection.sweep(now)

@@ -1,0 +1,96 @@
+"""Prediction ids that prove themselves: feedback about an id that this server never gave is refused without a look-up.
+
+An id is 32 hexadecimal digits, and sorts by time:
+
+    11  milliseconds since 1970      3  worker      3  sequence      4  rows of the batch      4  row      7  MAC
+
+The MAC (keyed BLAKE2b, 28 bits) covers everything but the row, which must be below the number of rows. One MAC serves
+a whole batch, so an id costs no hashing of its own. It tells an honest mistake from a real id; who may send feedback
+at all is a matter of keys (`serving.access`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+MOST_ROWS = 0xFFFF
+"""Rows that the ids of one batch can tell apart."""
+MAC_BITS = 28
+WORKERS = 4096
+"""Worker numbers are taken modulo this; two workers that live at once must not share one."""
+
+
+class Ids:
+    """Makes and verifies ids. Safe to use from several threads."""
+
+    def __init__(self, key: bytes, worker: int, clock: Callable[[], float] = time.time) -> None:
+        self.key, self.worker, self.clock = key, worker % WORKERS, clock
+        self._lock = threading.Lock()
+        self._last = (0, 0)
+
+    def base(self, workload: str, rows: int) -> int:
+        """The id of row 0 of a new batch, as a number; `expand` gives those of all rows."""
+        with self._lock:
+            millisecond, sequence = self._last
+            now = int(self.clock() * 1000)
+            if now > millisecond:
+                millisecond, sequence = now, 0
+            elif sequence == 0xFFF:  # the clock stands still or went back: time goes on here
+                millisecond, sequence = millisecond + 1, 0
+            else:
+                sequence += 1
+            self._last = millisecond, sequence
+        batch = (millisecond << 40) | (self.worker << 28) | (sequence << 16) | rows
+        return (batch << (16 + MAC_BITS)) | self._mac(batch, workload)
+
+    def genuine(self, name: str, workload: str) -> bool:
+        """Whether a server with this key gave the id to an answer of the workload."""
+        if len(name) != 32 or not name.isalnum():
+            return False
+        try:
+            number = int(name, 16)
+        except ValueError:
+            return False
+        batch, row, mac = number >> (16 + MAC_BITS), (number >> MAC_BITS) & 0xFFFF, number & (2**MAC_BITS - 1)
+        return row < batch & 0xFFFF and mac == self._mac(batch, workload) and name == name.lower()
+
+    def _mac(self, batch: int, workload: str) -> int:
+        digest = blake2b(batch.to_bytes(11, "big") + workload.encode(), digest_size=4, key=self.key).digest()
+        return int.from_bytes(digest, "big") >> (32 - MAC_BITS)
+
+
+def expand(base: int, rows: int) -> list[str]:
+    """The ids of a batch, [rows]."""
+    name = f"{base:032x}"
+    if rows == 1:
+        return [name]
+    head, mac = name[:21], name[25:]
+    return [f"{head}{row:04x}{mac}" for row in range(rows)]
+
+
+def read_key(folder: Path) -> bytes:
+    """The home's key, made at the first call; only its owner may read it. Safe when two ask at once."""
+    path = folder / "id.key"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        pass
+    aside = path.with_suffix(f".{os.urandom(4).hex()}.aside")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(os.urandom(32))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(aside, path)  # fails where another was quicker, and then theirs counts
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink()
+    return path.read_bytes()

@@ -1,0 +1,72 @@
+"""How a plain model's answered rows lie in the log, and what the lake keeps of them.
+
+The tensors' bytes, in base64: decimal digits of a thousand numbers would cost more than the model. In the lake each
+input is a column `input_NAME`, each output `output_NAME`: one value a row, or a list where a row has more
+(row-major).
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from serving.datatypes import NUMPY
+from serving.model import Model, Tensor
+
+SIGNED = {
+    "UINT8": pa.int16(),
+    "UINT16": pa.int32(),
+    "UINT32": pa.int64(),
+    "UINT64": pa.decimal128(20),
+    "FP16": pa.float32(),
+}
+"""What holds a type that Delta Lake has not."""
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What a segment says about the model once, so that it can be read by itself."""
+    return {
+        kind: [[one.name, one.datatype] for one in tensors]
+        for kind, tensors in (("inputs", model.inputs), ("outputs", model.outputs))
+    }
+
+
+def pack(tensors: Mapping[str, np.ndarray], entries: Sequence[Tensor]) -> dict[str, Any]:
+    """Arrays as JSON can hold them: base64 of the bytes, or the strings."""
+    return {
+        one.name: tensors[one.name].ravel().tolist()
+        if one.datatype == "BYTES"
+        else b64encode(np.ascontiguousarray(tensors[one.name]).data).decode()
+        for one in entries
+    }
+
+
+def columns(lines: Sequence[Mapping[str, Any]], described: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
+    """The lake's columns for lines of one version that hold `rows` rows together."""
+    found = {}
+    for kind, key in (("inputs", "in"), ("outputs", "out")):
+        for name, datatype in described[kind]:
+            found[f"{kind[:-1]}_{name}"] = _column([line[key][name] for line in lines], datatype, lines, rows)
+    return found
+
+
+def _column(packed: Sequence[Any], datatype: str, lines: Sequence[Mapping[str, Any]], rows: int) -> pa.Array:
+    if datatype == "BYTES":
+        parts = [np.array(values, np.object_) for values in packed]
+        flat = pa.array(np.concatenate(parts), pa.string())
+    else:
+        parts = [np.frombuffer(b64decode(text), NUMPY[datatype]) for text in packed]
+        flat = pa.array(np.concatenate(parts))
+        if datatype in SIGNED:
+            flat = flat.cast(SIGNED[datatype])
+    if len(flat) == rows and all(len(part) == len(line["t"]) for part, line in zip(parts, lines, strict=True)):
+        return flat
+    widths = np.concatenate([
+        np.full(len(line["t"]), len(part) // len(line["t"]), np.int64) for part, line in zip(parts, lines, strict=True)
+    ])  # fmt: skip
+    offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
