@@ -21,7 +21,8 @@ from noria.runtime import SCORE
 from registry.bundle import Bundle
 from serving.arrow import CONTENT_TYPE as ARROW
 from serving.arrow import decode_arrow
-from serving.batcher import Batcher, Call, Recorded
+from serving.batch import Call, Recorded, Run
+from serving.batcher import Batcher
 from serving.capture import Log
 from serving.commit import GroupCommit
 from serving.config import Config
@@ -35,6 +36,7 @@ from serving.protocol import decode_feedback, decode_predict
 from serving.tensors import decode_infer, metadata
 from serving.wire import Answer, Asked, Refusal, as_json, refused
 
+OK = 200
 INLINE_BYTES = 64 * 1024
 """Labels in a body up to this size are read in the event loop."""
 
@@ -162,20 +164,18 @@ class Service:
         else:
             send()
 
-    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[tuple[int, float]]) -> None:
-        """Count a batch: `runs` are the rows and seconds of each run."""
+    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
+        """Count a batch."""
         now = time.perf_counter()
-        good = []
         for call in calls:
-            if call.answer is not None and call.answer.status == 200:
-                good.append(call)
-            elif call.answer is not None:
+            if call.answer is not None and call.answer.status != OK:
                 status, seconds = call.answer.status, now - call.began
                 self.metrics.answered(call.route, model.workload, model.version, status, seconds)
-        if good:
+        for run in runs:
+            good = [call for call in run.calls if call.answer is not None and call.answer.status == OK]
             self.metrics.batch(
                 model.workload, model.version, [call.route for call in good], [now - call.began for call in good],
-                rows=sum(rows for rows, _ in runs), run=sum(seconds for _, seconds in runs),
+                rows=run.rows, run=run.seconds,
             )  # fmt: skip
 
     # Feedback

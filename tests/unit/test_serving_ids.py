@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,5 +63,5 @@ def test_the_key_is_made_once_and_is_its_owners(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         keys = set(threads.map(lambda _: read_key(tmp_path / "home"), range(8)))
     assert len(keys) == 1
-    assert stat.S_IMODE(os.stat(tmp_path / "home" / "id.key").st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "home" / "id.key").stat().st_mode) == 0o600
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["id.key"]

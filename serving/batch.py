@@ -1,0 +1,212 @@
+"""One batch: decode its requests, run their rows at once, log them, and give each its answer.
+
+What one request does wrong never reaches the others of its batch. Everything here may run in the event loop or in a
+thread. Not here: when a batch runs and who is in it (`serving.batcher`), bytes (the encodings), the log's files.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from noria.errors import SchemaError
+from noria.runtime import SCORE
+from serving.model import Model
+from serving.wire import Answer, Asked, Refusal, Rows, Scored, refused
+
+FAULT = "The server has a fault; its log tells more."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request that waits for its model."""
+
+    route: str
+    workload: str
+    decode: Callable[[Model], Asked]
+    reply: Callable[[Answer], None]
+    """Called once, in the event loop."""
+    size: int
+    """Bytes of its body."""
+    version: int | None = None
+    """The only version that may answer; None: any."""
+    deadline: float | None = None
+    """`time.perf_counter()` after which nobody wants the answer."""
+    began: float = 0.0
+    gone: bool = False
+    """The client has left."""
+    asked: Asked | None = None
+    answer: Answer | None = None
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What a batch's rows were given, [rows] each."""
+
+    ids: Sequence[str]
+    actions: Sequence[str | None]
+    """Empty for a plain model."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of the model."""
+
+    calls: Sequence[Call]
+    rows: int
+    seconds: float
+
+
+class Recorder(Protocol):
+    """What becomes of answered rows."""
+
+    def record(
+        self,
+        model: Model,
+        calls: Sequence[Call],
+        tensors: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        began: float,
+    ) -> Recorded:
+        """Log a batch before it is answered. Called where it ran: in the loop or in the thread."""
+
+    def release(self, model: Model, send: Callable[[], None]) -> None:
+        """Call `send` when the log of the batch is as safe as the workload asks; at once where it is already."""
+
+    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
+        """Count what was answered, and by which runs. Called in the loop."""
+
+
+def execute(model: Model, calls: Sequence[Call], recorder: Recorder, *, together: bool = True) -> list[Run]:
+    """Give every call its answer; returns the runs that it took. Never raises. `together`: requests may share a
+    run, where the model allows."""
+    began = time.perf_counter()
+    runs: list[Run] = []
+    with np.errstate(all="ignore"):
+        ready = [call for call in calls if _decoded(model, call)]
+        for batch in _batches(model, ready) if together else [[call] for call in ready]:
+            _run(model, batch, recorder, began, runs)
+    return runs
+
+
+def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs: list[Run]) -> None:
+    """One run for all of them; where it fails, one run for each, so that only the culprit fails."""
+    try:
+        started = time.perf_counter()
+        tensors = _together([call.asked.rows for call in calls if call.asked])
+        rows = sum(call.asked.rows.count for call in calls if call.asked)
+        outputs = _outputs(model, tensors, rows)
+        runs.append(Run(calls, rows, time.perf_counter() - started))
+    except Exception as error:
+        if len(calls) > 1:
+            for call in calls:
+                _run(model, [call], recorder, began, runs)
+        else:
+            logger.warning("%s version %s does not run: %s", model.workload, model.version, error)
+            reason = " ".join(str(error).split())[:300]
+            calls[0].answer = refused(Refusal(400, f"The model does not run on these values: {reason}"))
+        return
+    if model.bundle is not None and not np.isfinite(outputs[SCORE]).all():
+        _refuse_broken(calls, outputs[SCORE])
+        fine = [call for call in calls if call.answer is None]
+        if fine:
+            _run(model, fine, recorder, began, runs)
+        return
+    try:
+        _encode(model, calls, outputs, recorder.record(model, calls, tensors, outputs, began))
+    except Exception:
+        logger.exception("A batch of %s failed", model.workload)
+    for call in calls:
+        call.answer = call.answer or refused(Refusal(500, FAULT))
+
+
+def _decoded(model: Model, call: Call) -> bool:
+    """Decode one request; where it is wrong or late, its answer says so."""
+    try:
+        if call.version is not None and call.version != model.version:
+            raise Refusal(404, f"Version {call.version} of {model.workload} does not serve; {model.version} does.")
+        call.asked = call.decode(model)
+        if call.deadline is not None and time.perf_counter() > call.deadline:
+            raise Refusal(504, "The deadline of the request passed before the model ran.")
+        return True
+    except Refusal as refusal:
+        call.answer = refused(refusal)
+    except SchemaError as error:
+        call.answer = refused(Refusal(422, str(error)))
+    except RecursionError:
+        call.answer = refused(Refusal(400, "The JSON is nested too deeply."))
+    except Exception:
+        logger.exception("A request to %s cannot be decoded", model.workload)
+        call.answer = refused(Refusal(500, FAULT))
+    return False
+
+
+def _batches(model: Model, calls: list[Call]) -> list[list[Call]]:
+    """Calls that can share a run: together within the proven rows, and alike in every dimension but the first."""
+    if not model.batched:
+        return [[call] for call in calls]
+    groups: dict[object, list[list[Call]]] = {}
+    rows: dict[object, int] = {}
+    for call in calls:
+        assert call.asked is not None
+        count = call.asked.rows.count
+        key = tuple(values.shape[1:] for values in call.asked.rows.tensors.values()) if model.ragged else None
+        if key not in groups or rows[key] + count > model.most_rows:
+            groups.setdefault(key, []).append([])
+            rows[key] = 0
+        groups[key][-1].append(call)
+        rows[key] += count
+    return [batch for group in groups.values() for batch in group]
+
+
+def _together(parts: Sequence[Rows]) -> dict[str, np.ndarray]:
+    """The inputs of all requests as those of one."""
+    if len(parts) == 1:
+        return parts[0].tensors
+    return {name: np.concatenate([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+
+
+def _outputs(model: Model, tensors: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """Run the rows, in pieces where one request alone has more than the proven rows."""
+    step = model.most_rows
+    if rows <= step or not model.batched:
+        return model.run(tensors)
+    parts = [
+        model.run({name: values[start : start + step] for name, values in tensors.items()})
+        for start in range(0, rows, step)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _refuse_broken(calls: Sequence[Call], scores: np.ndarray) -> None:
+    """Answer the calls that have a score which is no number."""
+    start = 0
+    for call in calls:
+        assert call.asked is not None
+        end = start + call.asked.rows.count
+        broken = ~np.isfinite(scores[start:end])
+        if broken.any():
+            row = int(np.argmax(broken))
+            sentence = f"Row {row}: the model has no finite score for these values; check them for extremes."
+            call.answer = refused(Refusal(422, sentence))
+        start = end
+
+
+def _encode(model: Model, calls: Sequence[Call], outputs: dict[str, np.ndarray], recorded: Recorded) -> None:
+    """Give each call its share as an answer."""
+    start = 0
+    alone = len(calls) == 1
+    for call in calls:
+        assert call.asked is not None
+        end = start + call.asked.rows.count
+        part = outputs if alone else {name: values[start:end] for name, values in outputs.items()}
+        scored = Scored(model, part, recorded.ids[start:end], recorded.actions[start:end])
+        call.answer = call.asked.answer(scored)
+        start = end

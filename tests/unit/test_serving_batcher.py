@@ -1,0 +1,250 @@
+"""Batching: what one request does wrong, or does not wait for, never reaches the others of its batch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import onnx
+import orjson
+import pytest
+from onnx import TensorProto, helper
+
+from serving.batch import Call
+from serving.batcher import INLINE_SECONDS, Lane
+from serving.capture import Log
+from serving.config import Config
+from serving.engine import Engine
+from serving.ids import Ids
+from serving.metrics import Metrics
+from serving.service import Request, Service
+from serving.state import Desired
+
+
+def save(folder, nodes, inputs, outputs):
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    folder.mkdir(parents=True)
+    onnx.save(model, folder / "model.onnx")
+
+
+def floats(name, *shape):
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """`double` takes [n, 2]; `picky` fails where its index is not 0 or 1; `wide` takes any width; `fixed` no batch."""
+    root = tmp_path_factory.mktemp("models")
+    save(root / "double", [helper.make_node("Add", ["x", "x"], ["y"])], [floats("x", "n", 2)], [floats("y", "n", 2)])
+    index = helper.make_tensor_value_info("i", TensorProto.INT64, ["n"])
+    table = helper.make_node("Constant", [], ["t"], value=helper.make_tensor("t", TensorProto.FLOAT, [2], [5, 6]))
+    save(root / "picky", [table, helper.make_node("Gather", ["t", "i"], ["y"])], [index], [floats("y", "n")])
+    save(root / "wide", [helper.make_node("Neg", ["x"], ["y"])], [floats("x", "n", "w")], [floats("y", "n", "w")])
+    save(root / "fixed", [helper.make_node("Neg", ["x"], ["y"])], [floats("x", 3)], [floats("y", 3)])
+    return root
+
+
+@pytest.fixture
+def service(models, tmp_path):
+    engine = Engine("cpu")
+    for path in models.iterdir():
+        assert engine.take(Desired(path.name, 1, str(path), "a", plain=True)).status == "serving"
+    return Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), Config())
+
+
+def body(name, datatype, shape, data):
+    return orjson.dumps({"inputs": [{"name": name, "datatype": datatype, "shape": shape, "data": data}]})
+
+
+def at_once(service, model, bodies, before=None):
+    """What each of the requests is answered that arrive in one tick of the loop."""
+
+    async def ask():
+        found: list = [None] * len(bodies)
+        for number, content in enumerate(bodies):
+
+            def reply(answer, number=number):
+                assert found[number] is None, "answered twice"
+                found[number] = answer
+
+            call = service.accept(Request("infer", model, content), reply)
+            if before is not None:
+                before(number, call)
+        for _ in range(200):
+            await asyncio.sleep(0.001)
+            if all(one is not None for one in found):
+                break
+        return [(one.status, orjson.loads(one.body)) if one else None for one in found]
+
+    return asyncio.run(ask())
+
+
+def outputs(answer):
+    assert answer[0] == 200, answer
+    return answer[1]["outputs"][0]["data"]
+
+
+def runs(service, model):
+    counted = service.metrics.numbers()["noria_model_run_duration_seconds"][model, "1"]
+    return sum(counted[:-1])
+
+
+def test_requests_of_one_tick_share_a_run_and_get_their_own_rows(service):
+    bodies = [body("x", "FP32", [rows, 2], np.arange(rows * 2).tolist()) for rows in (1, 3, 2)]
+    answers = at_once(service, "double", bodies)
+    assert [outputs(one) for one in answers] == [(np.arange(rows * 2) * 2).tolist() for rows in (1, 3, 2)]
+    assert runs(service, "double") == 1
+
+
+def test_a_cancelled_request_does_not_strand_its_batch_mates(service):
+    def leave(number, call):
+        call.gone = number == 1
+
+    answers = at_once(service, "double", [body("x", "FP32", [1, 2], [number, 0]) for number in range(3)], leave)
+    assert answers[1] is None
+    assert [outputs(answers[number]) for number in (0, 2)] == [[0, 0], [4, 0]]
+    assert outputs(at_once(service, "double", [body("x", "FP32", [1, 2], [9, 0])])[0]) == [18, 0]
+
+
+def test_a_malformed_request_fails_alone(service):
+    good = body("x", "FP32", [1, 2], [1, 2])
+    bad = [b"{", b"", body("x", "FP32", [1, 2], ["a", 1]), body("x", "INT64", [1, 2], [1, 1])]
+    answers = at_once(service, "double", [good, *bad, good])
+    assert [one[0] for one in answers] == [200, 400, 400, 400, 400, 200]
+    assert outputs(answers[0]) == outputs(answers[-1]) == [2, 4]
+
+
+def test_a_request_that_the_model_cannot_run_fails_alone(service):
+    answers = at_once(service, "picky", [body("i", "INT64", [1], [number]) for number in (0, 7, 1)])
+    assert [one[0] for one in answers] == [200, 400, 200]
+    assert [outputs(answers[number]) for number in (0, 2)] == [[5], [6]]
+    assert "does not run on these values" in answers[1][1]["error"]
+
+
+def test_shapes_that_differ_do_not_meet(service):
+    answers = at_once(service, "wide", [body("x", "FP32", [1, width], [1] * width) for width in (2, 3, 2)])
+    assert [outputs(one) for one in answers] == [[-1] * 2, [-1] * 3, [-1] * 2]
+    assert runs(service, "wide") == 2
+    answers = at_once(service, "fixed", [body("x", "FP32", [3], [1, 2, 3])] * 2)
+    assert [outputs(one) for one in answers] == [[-1, -2, -3]] * 2
+
+
+def test_batches_keep_within_the_proven_rows(service):
+    most = service.engine.models["double"].most_rows
+    part = body("x", "FP32", [most - 1, 2], [0.5] * (2 * most - 2))
+    answers = at_once(service, "double", [part, body("x", "FP32", [2, 2], [1] * 4), part])
+    assert [len(outputs(one)) for one in answers] == [2 * most - 2, 4, 2 * most - 2]
+    counted = service.metrics.numbers()["noria_batch_rows"]["double",]
+    assert counted[-1] == 2 * most  # rows of all runs
+    (alone,) = at_once(service, "double", [body("x", "FP32", [5 * most, 2], [1] * (10 * most))])
+    assert outputs(alone) == [2] * (10 * most)
+
+
+def test_a_deadline_that_has_passed_is_said_before_the_run(service):
+    def late(number, call):
+        call.deadline = time.perf_counter() - 1 if number == 0 else time.perf_counter() + 60
+
+    answers = at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])] * 2, late)
+    assert [one[0] for one in answers] == [504, 200]
+    assert "deadline" in answers[0][1]["error"]
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(service):
+    service.batcher.most_waiting = 3
+    answers = at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])] * 5)
+    assert [one[0] for one in answers] == [200, 200, 200, 503, 503]
+    assert "waiting" in answers[-1][1]["error"]
+
+
+def test_a_version_that_does_not_serve_is_unknown(service):
+    async def ask():
+        answers = []
+        for version in (1, 2):
+            request = Request("infer", "double", body("x", "FP32", [1, 2], [1, 2]), version=version)
+            service.accept(request, answers.append)
+        await asyncio.sleep(0.05)
+        return [one.status for one in answers]
+
+    assert asyncio.run(ask()) == [200, 404]
+
+
+def test_long_batches_leave_the_loop(service):
+    """The loop turns while the model runs, and what arrives meanwhile is answered with the next batch."""
+    lane = service.batcher.lanes["double"] = Lane("double")
+    content = body("x", "FP32", [1, 2], [1, 2])
+    lane.seconds[len(content).bit_length()] = 1.0
+    answers = at_once(service, "double", [content])
+    assert outputs(answers[0]) == [2, 4]
+    assert lane.seconds[len(content).bit_length()] < 1.0  # what it really took is what is expected next
+
+
+def test_one_slow_batch_does_not_decide_the_next():
+    lane = Lane("m")
+    lane.learn(100, 0.0001)
+    lane.learn(100, 5.0)  # the machine was busy
+    assert lane.expected(100, 0) <= INLINE_SECONDS
+    for _ in range(60):
+        lane.learn(100, 5.0)
+    assert lane.expected(100, 0) > INLINE_SECONDS
+    assert lane.expected(50_000, 0.5) > 0.5  # nothing is known of this size but the run
+
+
+def test_a_full_disk_answers_without_ids_and_counts(service, monkeypatch, trips_schema):
+    service.log.open_folder.rmdir()
+    (answer,) = at_once(service, "double", [orjson.dumps({
+        **orjson.loads(body("x", "FP32", [1, 2], [1, 2])), "outputs": [{"name": "y"}, {"name": "prediction_id"}],
+    })])  # fmt: skip
+    assert outputs(answer) == [2, 4]
+    assert answer[1]["outputs"][1]["data"] == [""]
+    assert service.log.lost == 1
+    assert "cannot be written" in service.log.failure
+
+
+def test_durable_answers_wait_for_the_disk_together(models, tmp_path):
+    class Slow(Log):
+        synced = 0
+
+        def sync(self):
+            time.sleep(0.05)
+            super().sync()
+            self.synced += 1
+
+    engine = Engine("cpu")
+    engine.take(Desired("double", 1, str(models / "double"), "a", plain=True))
+    log = Slow(tmp_path / "log", "one")
+    service = Service(engine, log, Metrics(), Ids(b"k" * 32, 1), Config(acks={"double": "durable"}))
+    at: list[int] = []
+
+    async def ask():
+        def reply(_):
+            at.append(log.synced)
+
+        for _ in range(3):
+            service.accept(Request("infer", "double", body("x", "FP32", [1, 2], [1, 2])), reply)
+        await asyncio.sleep(0.02)  # the first sync runs
+        for _ in range(3):
+            service.accept(Request("infer", "double", body("x", "FP32", [1, 2], [1, 2])), reply)
+        await asyncio.sleep(0.3)
+
+    asyncio.run(ask())
+    assert at == [1, 1, 1, 2, 2, 2]
+
+
+def test_ask_gives_an_answer_and_can_be_cancelled(service):
+    async def ask():
+        def call():
+            content = body("x", "FP32", [1, 2], [1, 2])
+            made = service._call(Request("infer", "double", content), lambda _: None)
+            assert isinstance(made, Call)
+            return made
+
+        dropped = call()
+        task = asyncio.create_task(service.batcher.ask(dropped))
+        await asyncio.sleep(0)
+        task.cancel()
+        answer = await service.batcher.ask(call())
+        return answer.status, dropped.gone
+
+    assert asyncio.run(ask()) == (200, True)
