@@ -103,7 +103,7 @@ def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs
         tensors = _together([call.asked.rows for call in calls if call.asked])
         rows = sum(call.asked.rows.count for call in calls if call.asked)
         outputs = _outputs(model, tensors, rows)
-        runs.append(Run(calls, rows, time.perf_counter() - started))
+        run = Run(calls, rows, time.perf_counter() - started)
     except Exception as error:
         if len(calls) > 1:
             for call in calls:
@@ -119,6 +119,7 @@ def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs
         if fine:
             _run(model, fine, recorder, began, runs)
         return
+    runs.append(run)
     try:
         _encode(model, calls, outputs, recorder.record(model, calls, tensors, outputs, began))
     except Exception:

@@ -68,7 +68,8 @@ class Protocol(HttpToolsProtocol):
         self.limits = self.service.limits
         self.since = self.loop.time()
         self.reading = "headers"
-        """What is waited for: headers (of a request that has begun, or of the first), body, answer, or next (idle)."""
+        """What is waited for: headers (of a request that has begun, or of the first), body, answer, next (idle), or
+        nothing any more."""
         self.header_size = 0
         self.exchange: Exchange | None = None
         if len(self.connections) > self.limits.connections:
@@ -96,6 +97,8 @@ class Protocol(HttpToolsProtocol):
             self._refuse(Refusal(408, f"The headers did not arrive within {limits.header_seconds:g} s."))
         elif self.reading == "body" and waited > limits.body_seconds:
             self._refuse(Refusal(408, f"The body did not arrive within {limits.body_seconds:g} s."))
+        elif self.reading == "nothing" and waited > LAST_WORDS_SECONDS:
+            self.transport.abort()
         elif self.reading == "next" and waited > (LAST_WORDS_SECONDS if self.draining else limits.idle_seconds):
             self.transport.close()
 
@@ -113,6 +116,8 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived."""
+        if self.reading == "nothing":
+            return
         if self.reading == "headers":
             self.header_size += len(data)
         super().data_received(data)
@@ -257,7 +262,10 @@ class Protocol(HttpToolsProtocol):
         """Answer what is no request, and let go of the connection."""
         if self.exchange is None or not self.exchange.response_complete:
             self._write(refused(refusal), keep=False)
-        self.transport.close()
+        # Closing at once would reset a connection on which more is under way, and the client would not read why.
+        self.reading = "nothing"
+        self.since = self.loop.time()
+        self.transport.write_eof()
 
 
 def protocol(service: Service) -> type[Protocol]:

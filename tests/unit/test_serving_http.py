@@ -1,0 +1,232 @@
+"""HTTP as it is on the wire: raw bytes to a real server in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+import time
+import zlib
+from dataclasses import replace
+
+import httpx
+import orjson
+import pytest
+import uvicorn
+
+from registry.bundle import write
+from serving.app import App
+from serving.capture import Log
+from serving.engine import Engine
+from serving.http import protocol, sweep
+from serving.ids import Ids
+from serving.limits import Limits
+from serving.metrics import Metrics
+from serving.service import Service
+from serving.state import Desired
+
+RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone": 1}
+BODY = orjson.dumps([RECORD])
+LIMITS = replace(
+    Limits(), header_seconds=1.0, body_seconds=1.0, idle_seconds=1.5, connections=40, body_bytes=200_000,
+    header_bytes=8_000, inflated_bytes=400_000,
+)  # fmt: skip
+
+
+class Running:
+    """A worker's server in a thread."""
+
+    def __init__(self, service):
+        self.service = service
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        config = uvicorn.Config(
+            App(service), http=protocol(service), ws="none", lifespan="off", access_log=False, log_config=None,
+            server_header=False, timeout_graceful_shutdown=5,
+        )  # fmt: skip
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    async def run(self):
+        task = asyncio.create_task(sweep(self.server.server_state.connections))
+        await self.server.serve(sockets=[self.listener])
+        task.cancel()
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, make_contents):
+    folder = tmp_path_factory.mktemp("bundle")
+    write(folder, make_contents())
+    return folder
+
+
+@pytest.fixture
+def running(bundle, tmp_path):
+    engine = Engine("cpu")
+    engine.take(Desired("trips", 1, str(bundle), "a"))
+    service = Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1))
+    service.limits = LIMITS
+    made = Running(service)
+    yield made
+    made.stop()
+
+
+def post(body=BODY, path="/predict/trips", *, headers="", length=True):
+    size = f"content-length: {len(body)}\r\n" if length else ""
+    return f"POST {path} HTTP/1.1\r\nhost: here\r\n{size}{headers}\r\n".encode() + body
+
+
+def talk(running, *pieces, pause=0.0, until=1, seconds=5.0):
+    """Send the pieces on one connection; what came back until so many answers or the end of the connection."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=seconds) as client:
+        received = b""
+        try:
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(pause)
+            while len(statuses(received)) < until or not whole(received):
+                part = client.recv(65536)
+                if not part:
+                    break
+                received += part
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    return received
+
+
+def statuses(received):
+    return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
+
+
+def whole(received):
+    """Whether the last answer has all of its body."""
+    head, _, body = received[received.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+    size = re.search(rb"content-length: (\d+)", head)
+    return size is not None and len(body) >= int(size[1])
+
+
+def versions(received):
+    return [orjson.loads(found)["version"] for found in re.findall(rb'\{"workload".*?\]\}', received)]
+
+
+def test_one_connection_carries_many_requests(running):
+    received = talk(running, post(), post(), post(), pause=0.05, until=3)
+    assert statuses(received) == [200] * 3
+    assert versions(received) == [1, 1, 1]
+    assert b"connection: close" not in received
+
+
+def test_pipelined_requests_are_answered_in_order(running):
+    mixed = [post(), b"GET /v2/health/live HTTP/1.1\r\nhost: here\r\n\r\n", post(b"{"), post(), post(path="/nowhere")]
+    received = talk(running, b"".join(mixed), until=5)
+    assert statuses(received) == [200, 200, 400, 200, 404]
+
+
+def test_a_request_in_single_bytes(running):
+    received = talk(running, *[bytes([one]) for one in post()], pause=0.0005)
+    assert statuses(received) == [200]
+
+
+def test_chunks_and_compression(running):
+    chunks = b"".join(b"1\r\n%c\r\n" % one for one in BODY) + b"0\r\n\r\n"
+    received = talk(running, post(chunks, length=False, headers="transfer-encoding: chunked\r\n"))
+    assert statuses(received) == [200]
+    packed = zlib.compress(BODY)
+    assert statuses(talk(running, post(packed, headers="content-encoding: deflate\r\n"))) == [200]
+    bomb = zlib.compress(b"[" + b" " * 2_000_000 + b"]")
+    assert statuses(talk(running, post(bomb, headers="content-encoding: deflate\r\n"))) == [413]
+    assert statuses(talk(running, post(headers="content-encoding: br\r\n"))) == [415]
+
+
+def test_expect_continue(running):
+    head, body = post(headers="expect: 100-continue\r\n").split(b"\r\n\r\n")
+    received = talk(running, head + b"\r\n\r\n", body, pause=0.1, until=2)
+    assert statuses(received) == [100, 200]
+
+
+def test_http_1_0_and_connection_close_end_the_connection(running):
+    for request in (post(headers="connection: close\r\n"), post().replace(b"HTTP/1.1", b"HTTP/1.0")):
+        received = talk(running, request, until=2)
+        assert statuses(received) == [200]
+        assert b"connection: close" in received
+
+
+def test_too_large_is_said_before_it_is_read_and_the_connection_goes_on(running):
+    big = b"x" * (LIMITS.body_bytes + 1)
+    received = talk(running, post(big), post(), until=2)
+    assert statuses(received) == [413, 200]
+    chunked = b"".join(b"8000\r\n" + b"x" * 0x8000 + b"\r\n" for _ in range(10)) + b"0\r\n\r\n"
+    received = talk(running, post(chunked, length=False, headers="transfer-encoding: chunked\r\n"), post(), until=2)
+    assert statuses(received) == [413, 200]
+
+
+def test_endless_headers_are_refused(running):
+    assert statuses(talk(running, b"POST / HTTP/1.1\r\n", *[b"a: " + b"b" * 3000 + b"\r\n"] * 9, pause=0.02)) == [431]
+
+
+def test_slow_clients_are_let_go(running):
+    began = time.monotonic()
+    assert statuses(talk(running, b"POST /predict/trips HTTP/1.1\r\nhost: h")) == [408]
+    assert statuses(talk(running, b"")) == [408]
+    assert statuses(talk(running, post()[:-5])) == [408]
+    received = talk(running, post(), until=2)  # idle after its answer: closed without a word
+    assert statuses(received) == [200]
+    assert time.monotonic() - began < 12
+
+
+def test_connections_are_counted(running):
+    held = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(LIMITS.connections)]
+    time.sleep(0.2)
+    assert statuses(talk(running, b"")) == [503]
+    for one in held:
+        one.close()
+    time.sleep(0.1)
+    assert statuses(talk(running, post())) == [200]
+
+
+def test_a_client_that_left_is_dropped_and_its_mates_are_answered(running):
+    before = running.service.log.pending().get("trips", (0, 0))[0]
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(post()[:-1])
+    assert statuses(talk(running, post())) == [200]
+    assert running.service.log.pending()["trips"][0] == before + 1
+
+
+def test_a_server_that_ends_answers_what_is_asked_meanwhile(running):
+    """An open connection gets its next answer with `connection: close`; no request meets a closed door."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as client:
+        client.sendall(post())
+        first = client.recv(65536)
+        running.server.should_exit = True
+        time.sleep(0.4)
+        client.sendall(post())
+        second = client.recv(65536)
+        assert statuses(first + second) == [200, 200]
+        assert b"connection: close" in second
+        assert client.recv(1) == b""
+    running.thread.join(5)
+    assert not running.thread.is_alive()
+
+
+def test_clients_of_a_library(running):
+    with httpx.Client(base_url=f"http://127.0.0.1:{running.port}") as client:
+        [one] = client.post("/predict/trips", json=[RECORD]).json()["predictions"]
+        label = {"id": one["id"], "label": 4}
+        assert client.post("/feedback/trips", json=[label]).json() == {"workload": "trips", "accepted": 1}
+        for wrong in ({**label, "id": "0" * 32}, {**label, "id": one["id"][:-1] + "x"}, {**label, "label": "four"}):
+            reply = client.post("/feedback/trips", json=[label, wrong])
+            assert reply.status_code == 422
+            assert "Row 1" in reply.json()["error"]
+        assert client.get("/v2/models/trips/versions/1").json()["name"] == "trips"
+        assert client.get("/v2/models/trips/versions/1/ready").status_code == 200
+        assert client.get("/v2/models/trips/versions/2/ready").status_code == 404
+        assert client.post("/predict/trips", json=[RECORD], headers={"x-request-timeout-ms": "0"}).status_code == 504
+        assert client.post("/predict/trips", json=[RECORD], headers={"x-request-timeout-ms": "-1"}).status_code == 400
