@@ -1,0 +1,151 @@
+"""Records as Arrow: the same rows as JSON gives, whatever the columns' types; and no stream breaks the server."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.arrow import CONTENT_TYPE, decode_arrow
+from serving.protocol import MOST_ROWS, decode_predict
+from serving.wire import Refusal, Scored
+
+RECORDS = [
+    {"pickup": "2020-03-15T08:30:00", "vendor": "A", "distance": 2.5, "zone": 1},
+    {"pickup": "1969-12-31T23:59:59.5", "vendor": None, "distance": None, "zone": None},
+    {"pickup": "2020-03-15", "vendor": "Midtown", "distance": 0.0, "zone": -5},
+]
+
+
+def stream(table, batch=None, compression=None):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table, batch)
+    return sink.getvalue().to_pybytes()
+
+
+def columns(**changes):
+    usual = {name: pa.array([record[name] for record in RECORDS]) for name in RECORDS[0]}
+    return pa.table({**usual, **changes})
+
+
+MOMENTS = [dt.datetime.fromisoformat(record["pickup"]) for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"vendor": pa.array(["A", None, "Midtown"]).dictionary_encode()},
+        {"vendor": pa.array(["A", "", "Midtown"], pa.large_string())},
+        {"vendor": pa.array(["A", None, "Midtown"], pa.string_view())},
+        {"distance": pa.array([2.5, float("nan"), 0.0], pa.float32())},
+        {"distance": pa.array([2.5, None, 0.0], pa.float16())},
+        {"zone": pa.array([1, None, -5], pa.int16())},
+        {"zone": pa.array([1.0, None, -5.0])},
+        {"pickup": pa.array(MOMENTS, pa.timestamp("us"))},
+        {"pickup": pa.array(MOMENTS, pa.timestamp("ns", tz="Europe/Paris"))},
+        {"pickup": pa.array([1584261000, -1, 1584230400])},
+        {"pickup": pa.array([record["pickup"] for record in RECORDS], pa.large_string())},
+        {"pickup": pa.array([record["pickup"] for record in RECORDS]).dictionary_encode()},
+    ],
+)
+@pytest.mark.parametrize("batch", [None, 2])
+def test_the_same_rows_as_json(trips_model, changes, batch):
+    expected = decode_predict(orjson.dumps(RECORDS), trips_model).rows
+    rows = decode_arrow(stream(columns(**changes), batch), trips_model).rows
+    assert rows.count == 3
+    assert rows.times.tolist() == expected.times.tolist()
+    for name, tensor in expected.tensors.items():
+        assert rows.tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(rows.tensors[name], tensor)
+
+
+def test_columns_that_are_not_sent_are_missing_and_null_typed_ones_too(trips_model):
+    table = pa.table({"pickup": pa.array([60]), "zone": pa.nulls(1)})
+    rows = decode_arrow(stream(table), trips_model).rows
+    expected = decode_predict(b'[{"pickup": 60}]', trips_model).rows
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(rows.tensors[name], tensor)
+
+
+def test_the_answer_is_a_stream_too(trips_model):
+    asked = decode_arrow(stream(columns()), trips_model)
+    scores = trips_model.run(asked.rows.tensors)["score"]
+    answer = asked.answer(Scored(trips_model, {"score": scores}, ["a", "b", "c"], ["short", None, "long"]))
+    assert (answer.content_type, answer.rows) == (CONTENT_TYPE, 3)
+    table = pa.ipc.open_stream(answer.body).read_all()
+    assert table.schema.metadata == {b"workload": b"trips", b"version": b"1"}
+    assert table.column("prediction").to_pylist() == scores.tolist()
+    assert table.select(["id", "action"]).to_pylist() == [
+        {"id": "a", "action": "short"},
+        {"id": "b", "action": None},
+        {"id": "c", "action": "long"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        (b"", 400, "empty"),
+        (b'{"records": []}', 400, "not an Arrow IPC stream"),
+        (stream(columns())[:200], 400, "not an Arrow IPC stream"),
+        (stream(columns(), compression="zstd"), 400, "compressed"),
+        (stream(columns(vendor=pa.array(["A", "B", "A"]).dictionary_encode()), compression="lz4"), 400, "compressed"),
+        (stream(columns().slice(0, 0)), 422, "no rows"),
+        (stream(columns(colour=pa.array([1, 2, 3]))), 422, "unknown column 'colour'"),
+        (stream(pa.table([pa.array([60])] * 2, ["pickup"] * 2)), 422, "twice"),
+        (stream(columns(distance=pa.array([1.0, -1.0, 2.0]))), 422, "Row 1: 'distance' is below 0"),
+        (stream(columns(distance=pa.array([1.0, float("inf"), 2.0]))), 422, "not finite"),
+        (stream(columns(distance=pa.array([1.0, 1e300, 2.0]))), 422, "not finite"),
+        (stream(columns(distance=pa.array(["far", "1", "2"]))), 422, "Column 'distance' holds string"),
+        (stream(columns(zone=pa.array([1.5, 2.0, 3.0]))), 422, "Column 'zone' holds double"),
+        (stream(columns(zone=pa.array([2**63, 2, 3], pa.uint64()))), 422, "Column 'zone' holds uint64"),
+        (stream(columns(vendor=pa.array([["A"], ["B"], ["C"]]))), 422, "Column 'vendor' holds list"),
+        (stream(columns(pickup=pa.array([60, None, 60]))), 422, "required"),
+        (stream(columns(pickup=pa.array([60, 2**60, 60]))), 422, "years 1 to 9999"),
+        (stream(columns(pickup=pa.array(["soon", "now", "then"]))), 422, "Column 'pickup' holds string"),
+        (stream(pa.table({"pickup": pa.array([60] * (MOST_ROWS + 1))})), 413, "more than 10000 rows"),
+    ],
+)
+def test_refusals(trips_model, body, status, part):
+    with pytest.raises(Refusal, match=part) as caught:
+        decode_arrow(body, trips_model)
+    assert caught.value.status == status
+
+
+def test_many_rows_of_few_bytes_are_refused_before_they_are_made(trips_model):
+    """Null columns and runs claim any number of rows."""
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2**30], pa.int32()), pa.array([60]))
+    for table in (pa.table({"pickup": runs}), pa.table({"zone": pa.nulls(2**24)})):
+        body = stream(table)
+        assert len(body) < 5000 or table.schema.names == ["zone"]
+        with pytest.raises(Refusal) as caught:
+            decode_arrow(body, trips_model)
+        assert caught.value.status == 413
+
+
+def test_a_plain_model_has_no_records(identity_model):
+    with pytest.raises(Refusal, match="plain model") as caught:
+        decode_arrow(b"x", identity_model("FP32"))
+    assert caught.value.status == 404
+
+
+WHOLE = stream(columns(vendor=pa.array(["A", None, "Midtown"]).dictionary_encode()), 2)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=6), st.integers(0, len(WHOLE)))
+def test_any_damage_is_rows_or_a_refusal(trips_model, changes, end):
+    body = bytearray(WHOLE)
+    for place, value in changes:
+        body[place] = value
+    try:
+        decode_arrow(bytes(body[:end]), trips_model)
+    except Refusal as refusal:
+        assert refusal.status in (400, 413, 422)
