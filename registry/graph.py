@@ -54,13 +54,7 @@ def _check_safe(model: bytes) -> Any:
     except DecodeError:
         raise BundleError("model.onnx is not an ONNX model; register the version again.") from None
     local = {(function.domain, function.name) for function in parsed.functions}
-    bodies = [parsed.graph.node, *(function.node for function in parsed.functions)]
-    for tensor in parsed.graph.initializer:
-        _refuse_external(tensor)
-    for sparse in parsed.graph.sparse_initializer:
-        _refuse_external(sparse.values)
-        _refuse_external(sparse.indices)
-    for number, node in enumerate(node for body in bodies for node in _nodes(body)):
+    for number, node in enumerate(_every_node(parsed)):
         if number >= MOST_NODES:
             raise BundleError(f"model.onnx has more than {MOST_NODES} nodes, the most that is served.")
         if node.domain not in STANDARD and (node.domain, node.op_type) not in local:
@@ -84,22 +78,42 @@ def _check_inputs(graph: Any, schema: Schema) -> None:
         raise BundleError(f"model.onnx has no output '{SCORE}'; export it with one float32 score a row.")
 
 
-def _nodes(nodes: Any) -> Iterator[Any]:
-    """Every node, those of nested graphs too; tensors met on the way must be inside the file."""
+def _every_node(model: Any) -> Iterator[Any]:
+    """Every node of a model; tensors met on the way must be inside the file."""
+    yield from _of_graph(model.graph)
+    for function in model.functions:
+        yield from _of_nodes(function.node)
+        yield from _of_attributes(function.attribute_proto)
+
+
+def _of_graph(graph: Any) -> Iterator[Any]:
+    _refuse_external(*graph.initializer)
+    _refuse_sparse(*graph.sparse_initializer)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Any) -> Iterator[Any]:
     for node in nodes:
         yield node
-        for attribute in node.attribute:
-            for tensor in (attribute.t, *attribute.tensors):
-                _refuse_external(tensor)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                _refuse_external(sparse.values)
-                _refuse_external(sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                for tensor in graph.initializer:
-                    _refuse_external(tensor)
-                yield from _nodes(graph.node)
+        yield from _of_attributes(node.attribute)
 
 
-def _refuse_external(tensor: Any) -> None:
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        raise BundleError(f"Tensor '{tensor.name}' of model.onnx lies in another file; export with all weights inside.")
+def _of_attributes(attributes: Any) -> Iterator[Any]:
+    for attribute in attributes:
+        _refuse_external(attribute.t, *attribute.tensors)
+        _refuse_sparse(attribute.sparse_tensor, *attribute.sparse_tensors)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _of_graph(graph)
+
+
+def _refuse_sparse(*tensors: Any) -> None:
+    for tensor in tensors:
+        _refuse_external(tensor.values, tensor.indices)
+
+
+def _refuse_external(*tensors: Any) -> None:
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise BundleError(
+                f"Tensor '{tensor.name}' of model.onnx lies in another file; export with all weights inside."
+            )

@@ -7,7 +7,6 @@ Every limit is here with its default and may be set by `NORIA_LIMIT_` and its na
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -137,8 +136,7 @@ def _deflate_window(body: bytes) -> int:
     return zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
 
 
-ESCAPED = re.compile(rb"\\.", re.DOTALL)
-SIBLINGS = (b"},{", b"}, {", b"],[", b"], [")
+SIBLING_OBJECTS, SIBLING_ARRAYS = (b"},{", b"}, {"), (b"],[", b"], [")
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 SCAN_BYTES = 64 * 1024
 STEPS = np.zeros(256, np.int32)
@@ -151,17 +149,24 @@ def check_depth(body: bytes, most: int = DEFAULTS.json_depth) -> None:
     Counting comes first, because it costs a third of a microsecond: there are no more levels than opening brackets, and
     none of a close directly before an open (`},{` between records), wherever strings begin and end.
     """
-    bound = body.count(b"[") + body.count(b"{")
-    if bound > most:
-        bound -= sum(map(body.count, SIBLINGS))
-    if bound > most and _depth(body, most) > most:
+    arrays, objects = body.count(b"["), body.count(b"{")
+    bound = arrays + objects
+    if bound <= most:
+        return
+    for siblings in SIBLING_OBJECTS if objects > arrays else SIBLING_ARRAYS:
+        bound -= body.count(siblings)
+        if bound <= most:
+            return
+    if _depth(body, most) > most:
         raise Refusal(400, f"The JSON is nested deeper than {most} levels.")
 
 
 def _depth(body: bytes, enough: int) -> int:
     """How deep the brackets outside strings go; stops above `enough`."""
     if b"\\" in body:
-        body = ESCAPED.sub(b"", body)
+        # Escaped backslashes first: what is then left before a quote escapes it. (A regular expression would hold a
+        # piece for each: 450 MB for a body of 8.)
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     marks = np.frombuffer(body.translate(None, NOT_STRUCTURE), np.uint8)
     level, quotes, deepest = 0, 0, 0
     for start in range(0, len(marks), SCAN_BYTES):
