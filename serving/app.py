@@ -17,6 +17,7 @@ from typing import Any
 
 from serving import openapi, pages
 from serving.service import Service
+from serving.tracing import Request, Tracer
 from serving.wire import Answer, Refusal, as_json, refused
 
 Scope = MutableMapping[str, Any]
@@ -28,6 +29,13 @@ MOST_BYTES = 10 * 1024 * 1024
 INLINE_BYTES = 64 * 1024
 """Bodies up to this size are answered in the event loop."""
 
+TRACED = {
+    "predict": "/predict/{workload}",
+    "infer": "/v2/models/{workload}/infer",
+    "feedback": "/feedback/{workload}",
+}
+"""How a trace names the routes; looking at pages and health is not traced."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,8 +46,8 @@ class Gone(Exception):
 class App:
     """One worker's HTTP face."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, tracer: Tracer | None = None) -> None:
+        self.service, self.tracer = service, tracer
         self.threads = ThreadPoolExecutor(2, "large-request")
         self.pages: dict[str, Callable[[str], Answer]] = {
             "/": lambda _: self._html(pages.home(service.engine)),
@@ -77,6 +85,8 @@ class App:
         ]
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
+        if self.tracer is not None:
+            self._trace(self.tracer, scope, answer, began)
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer:
         path, method = scope["path"], scope["method"]
@@ -94,6 +104,17 @@ class App:
             return self.service.handle(route, workload, body)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, self.service.handle, route, workload, body)
+
+    def _trace(self, tracer: Tracer, scope: Scope, answer: Answer, began: float) -> None:
+        route, workload = _route(scope["path"])
+        if route is not None:
+            parent, path = _header(scope, b"traceparent").encode("latin-1"), scope["path"]
+            tracer.answered(
+                Request(
+                    scope["method"], TRACED[route], path, began, time.perf_counter(), answer.status, parent, workload,
+                    answer.rows,
+                )
+            )  # fmt: skip
 
     def _page(self, path: str, method: str) -> Answer:
         page = self.pages.get(path)

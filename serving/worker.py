@@ -26,7 +26,7 @@ import uvicorn
 import uvloop
 
 from noria.runtime import Providers
-from serving import state
+from serving import state, tracing
 from serving.app import App
 from serving.capture import Log
 from serving.engine import Engine
@@ -95,8 +95,9 @@ async def serve(listener: socket.socket, folder: Path, source: str, providers: P
     follower.step()
     gc.collect()
     gc.freeze()
+    tracer = tracing.start(source)
     config = uvicorn.Config(
-        App(Service(engine, log, metrics)),
+        App(Service(engine, log, metrics), tracer),
         http="httptools",
         ws="none",
         lifespan="off",
@@ -123,6 +124,8 @@ async def serve(listener: socket.socket, folder: Path, source: str, providers: P
             task.cancel()
         log.rotate()
         metrics.dump(ended=True)
+        if tracer is not None:
+            tracer.close()
 
 
 def _look_at_log(metrics: Metrics, engine: Engine, log: Log) -> None:
