@@ -138,6 +138,59 @@ class Settings(BaseSettings):
         return tuple(part.strip() for part in self.workloads.split(",") if part.strip())
 
 
+class TracingSettings(BaseSettings):
+    """Traces, by OpenTelemetry's own names, for example OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318.
+
+    What is not here (headers, certificates, timeouts, queue sizes, resource attributes) the exporter reads by itself.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="OTEL_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    exporter_otlp_endpoint: str = ""
+    """Base address of a collector that speaks OTLP over HTTP; traces are off without one."""
+
+    exporter_otlp_traces_endpoint: str = ""
+    """Whole address for traces, where it is another one."""
+
+    exporter_otlp_protocol: Literal["http/protobuf"] = "http/protobuf"
+    """How the collector is spoken to; there is no other way here."""
+
+    traces_exporter: Literal["otlp", "none"] = "otlp"
+    """`none`: off."""
+
+    sdk_disabled: bool = False
+    """`true`: off."""
+
+    traces_sampler: Literal[
+        "always_on", "always_off", "traceidratio",
+        "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
+    ] = "parentbased_traceidratio"  # fmt: skip
+    """Which requests are traced; `parentbased`: as the client said in its `traceparent`, where it sent one."""
+
+    traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)
+    """Share of requests that is traced, for the samplers `traceidratio`."""
+
+    service_name: str = "noria"
+    """Under which name the collector shows this server."""
+
+    @property
+    def on(self) -> bool:
+        """Whether requests are traced at all."""
+        address = self.exporter_otlp_traces_endpoint or self.exporter_otlp_endpoint
+        return bool(address) and not self.sdk_disabled and self.traces_exporter != "none"
+
+    @property
+    def share(self) -> float:
+        """Share of the requests that is traced when nobody decided before."""
+        shares = {"always_on": 1.0, "always_off": 0.0, "traceidratio": self.traces_sampler_arg}
+        return shares[self.traces_sampler.removeprefix("parentbased_")]
+
+    @property
+    def follows_parent(self) -> bool:
+        """Whether what the client decided counts."""
+        return self.traces_sampler.startswith("parentbased_")
+
+
 def load_settings(**changes: object) -> Settings:
     """Settings from the environment, with `changes` on top.
 
@@ -147,9 +200,21 @@ def load_settings(**changes: object) -> Settings:
     try:
         return Settings(**changes)  # type: ignore[arg-type]
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "NORIA_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise SettingsError(f"{name} is not usable: {first['msg']}. Correct it or unset it.") from None
+        raise _unusable("NORIA_", error) from None
+
+
+def load_tracing() -> TracingSettings:
+    """How to trace, from the environment. Raises SettingsError: a value is malformed."""
+    try:
+        return TracingSettings()
+    except ValidationError as error:
+        raise _unusable("OTEL_", error) from None
+
+
+def _unusable(prefix: str, error: ValidationError) -> SettingsError:
+    first = error.errors()[0]
+    name = prefix + "_".join(str(part) for part in first["loc"]).upper()
+    return SettingsError(f"{name} is not usable: {first['msg']}. Correct it or unset it.")
 
 
 def variables(prefix: str) -> dict[str, str]:

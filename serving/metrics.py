@@ -25,6 +25,7 @@ ROUTES = frozenset({"predict", "infer", "feedback", "grpc_infer", "metadata", "h
 REASONS = frozenset(
     {"queue_full", "deadline", "rate", "auth", "body_size", "timeout", "connections", "not_ready", "shedding"}
 )
+SWAPS = ("serving", "failed")
 OTHER = "other"
 """The label of a route or reason that is not among these."""
 OK = 200
@@ -68,6 +69,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._written = True
         self._set("noria_build_info", (installed("noria"),), 1)
+        self._begin("")
 
     def batch(
         self,
@@ -140,7 +142,7 @@ class Metrics:
 
     def loaded(self, workload: str, version: int, provider: str) -> None:
         """This process answers with a version, run by ONNX Runtime's `provider` (`CPUExecutionProvider`)."""
-        self._workloads.add(workload)
+        self._begin(workload)
         self.unloaded(workload, version)
         self._set("noria_model_info", (workload, str(version), _provider(provider)), 1)
         self._lane(workload, version)
@@ -152,8 +154,8 @@ class Metrics:
             del held[labels]
 
     def swapped(self, workload: str, status: str, seconds: float | None = None) -> None:
-        """Count one try to serve another version: `serving` or `failed`, and how long a good one took."""
-        self._workloads.add(workload)
+        """Count one try to serve another version, which is one of SWAPS since, and how long a good one took."""
+        self._begin(workload)
         self._add("noria_swaps_total", (workload, status), 1)
         if seconds is not None:
             self._observe("noria_swap_duration_seconds", (workload,), seconds)
@@ -237,6 +239,15 @@ class Metrics:
             self._workloads.add(workload)
         key = (route if route in ROUTES else OTHER, self._known(workload), version, status)
         return self._answers.setdefault(key, [0.0] * (len(SECONDS) + 2))
+
+    def _begin(self, workload: str) -> None:
+        """A workload is known now. What is rare begins at zero: Prometheus sees no rise in a series' first number."""
+        for reason in REASONS:
+            self._add("noria_refusals_total", (workload, reason), 0)
+        if workload:
+            self._workloads.add(workload)
+            for status in SWAPS:
+                self._add("noria_swaps_total", (workload, status), 0)
 
     def _known(self, workload: str) -> str:
         return workload if workload in self._workloads else ""
