@@ -21,6 +21,7 @@ from noria.settings import Settings
 from registry.store import Store
 from serving.drain import Drain
 from serving.reconcile import Reconciler
+from serving.shadowing import LOOK_SECONDS, Shadowing
 from serving.supervise import Worker, listen
 
 DRAIN_SECONDS = 0.3
@@ -38,7 +39,8 @@ def serve(settings: Settings, host: str, port: int, mlflow_url: str) -> None:
     with _alone(settings.serving):
         listener = listen(host, port)
         worker = Worker(listener, settings.serving, settings.providers)
-        drain = Drain(settings.serving / "log", str(settings.lake))
+        shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving)
+        drain = Drain(settings.serving / "log", str(settings.lake), shadowing.feed.offer)
         reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving, lambda: worker.starts)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -48,6 +50,7 @@ def serve(settings: Settings, host: str, port: int, mlflow_url: str) -> None:
         threads = [
             threading.Thread(target=_repeat, args=(reconciler.step, settings.poll_seconds, stop), name="reconcile"),
             threading.Thread(target=_repeat, args=(drain.step, DRAIN_SECONDS, stop), name="drain"),
+            threading.Thread(target=_repeat, args=(shadowing.step, LOOK_SECONDS, stop), name="shadow"),
         ]
         for thread in threads:
             thread.start()
@@ -59,6 +62,7 @@ def serve(settings: Settings, host: str, port: int, mlflow_url: str) -> None:
             worker.stop()
             for thread in threads:
                 thread.join()
+            shadowing.stop()
             _drain_rest(drain)
 
 
