@@ -1,7 +1,8 @@
 """The `noria` command. Each command imports what it needs, so that `noria --help` answers at once.
 
 Exit codes: 0 done; 1 failed, with a sentence on stderr; 2 wrong usage; 3 `status`: the stack is not ready;
-4 `watch`: the policy asks for a retrain or a person; 5 `check`: findings.
+4 `watch`: the policy asks for a retrain or a person; 5 `check`: findings; 6 `shadow`: nothing to compare yet;
+7 `shadow`: the challenger is surely worse.
 """
 
 from __future__ import annotations
@@ -183,6 +184,29 @@ def rollback(workload: Name) -> None:
     site = Site.here()
     version = back(Store(site.address("mlflow_uri")), site.workload(workload).name, now=datetime.now(UTC))
     out.print(f"version {version.number} is the champion again")
+
+
+@app.command(rich_help_panel=GROUPS[2])
+def shadow(
+    workload: Name,
+    window: Annotated[str, typer.Option(help="How far back, by the requests' event time: 36h, 7d, 2w.")] = "7d",
+    now: Now = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Compare the challenger with the champion on the same requests; exit code 6: nothing to compare, 7: worse."""
+    from flows.shadow import compared, table, window_of
+
+    site = Site.here()
+    chosen = site.workload(workload)
+    found = compared(site, chosen, window_of(window, now_of(chosen, now)))
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
+    else:
+        if found.rows:
+            out.print(table(found, chosen.unit if chosen.loss == "absolute_error" else ""), highlight=False)
+        out.print(found.conclusion, highlight=False, soft_wrap=True)
+    if found.verdict in ("nothing", "worse"):
+        raise typer.Exit(6 if found.verdict == "nothing" else 7)
 
 
 @app.command(rich_help_panel=GROUPS[3])

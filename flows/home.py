@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,11 +32,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from flows import links
+from flows.shadow import standing
 from flows.site import Site, read_state
 from noria.errors import NoriaError
 from noria.records import moment
 from noria.workload import load
 from registry.store import Store
+from serving.shadow_state import Status
 
 LABELS = {"prefect": "Prefect", "mlflow": "MLflow", "evidently": "Evidently", "serving": "Server"}
 PURPOSES = {
@@ -59,8 +63,8 @@ def overview(site: Site) -> dict[str, Any]:
         for name, entry in state.get("services", {}).items()
         if name in LABELS
     ]
-    store = Store(site.address("mlflow_uri"))
-    workloads = [_workload(site, store, path) for path in site.settings.imports]
+    store, shadows = Store(site.address("mlflow_uri")), standing(site)
+    workloads = [_workload(site, store, path, shadows) for path in site.settings.imports]
     return {
         "services": services,
         "workloads": workloads,
@@ -69,7 +73,7 @@ def overview(site: Site) -> dict[str, Any]:
     }
 
 
-def _workload(site: Site, store: Store, path: str) -> dict[str, Any]:
+def _workload(site: Site, store: Store, path: str, shadows: Mapping[str, Status]) -> dict[str, Any]:
     try:
         workload = load(path)
         name = workload.name
@@ -91,11 +95,18 @@ def _workload(site: Site, store: Store, path: str) -> dict[str, Any]:
             "link": links.model(site, name, champion.number if champion else None),
             "watch": watch,
             "report": links.evidently(site, watch["page"]) if watch and "page" in watch else "",
+            "shadow": _shadow(site, shadows[name], name) if name in shadows else None,
             "pages": {label: page for label, page in pages.items() if page},
             "runs": found,
         }
     except NoriaError as error:
         return {"name": path, "trouble": str(error)}
+
+
+def _shadow(site: Site, status: Status, name: str) -> dict[str, Any]:
+    """How the challenger of a workload stands."""
+    since = _show(moment(status.since)) if status.since else ""
+    return {**asdict(status), "since": since, "link": links.model(site, name, status.version)}
 
 
 def _runs(site: Site, workload: str) -> dict[str, list[dict[str, str]]]:

@@ -1,10 +1,12 @@
-"""The lake: three Delta tables a workload, on a folder or an object store. The only user of deltalake.
+"""The lake: four Delta tables a workload, on a folder or an object store. The only user of deltalake.
 
     records      raw rows with event time, and the label where it came along
     predictions  prediction_id, event_time, version, raw inputs, score, action, latency_ms
     labels       prediction_id, label, arrived (append only; the newest wins)
+    shadow       prediction_id, event_time, version, champion, score, action, latency_ms: a challenger's answers
 
-Appends are atomic and safe beside other writers; a killed append leaves the old version readable.
+Appends are atomic and safe beside other writers; a killed append leaves the old version readable. Nothing that trains
+or watches reads `shadow`.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from noria.errors import LakeError
 from noria.records import DatasetRef, Window
 from noria.schema import ARROW, Schema
 
-Table = Literal["records", "predictions", "labels"]
+Table = Literal["records", "predictions", "labels", "shadow"]
 TABLES: tuple[Table, ...] = ("records", "predictions", "labels")
+"""The tables that training data comes from."""
 COMPACT_EVERY = 50
 """Small files that a table may gather before an append compacts it."""
 
@@ -64,7 +67,7 @@ class Lake:
 
     def compact(self, *tables: Table) -> None:
         """Merge small files where they have become many; readers and earlier versions are not disturbed."""
-        for table in tables or TABLES:
+        for table in tables or (*TABLES, "shadow"):
             opened = self._open(table)
             if opened and len(opened.file_uris()) >= COMPACT_EVERY:
                 opened.optimize.compact()
@@ -90,6 +93,12 @@ class Lake:
             return rows
         rows = rows.filter(pc.less_equal(rows.column("arrived"), pa.scalar(as_of, ARROW["timestamp"])))
         return _unique(rows.sort_by([("arrived", "descending")]), "prediction_id")
+
+    def shadow(self, window: Window, challenger: int) -> pa.Table:
+        """What that version answered, as a shadow, to requests of the window; oldest first, one row a prediction id."""
+        rows = self._read("shadow", None, window, "event_time")
+        rows = rows.filter(pc.equal(rows.column("version"), challenger))
+        return _unique(rows, "prediction_id") if len(rows) else rows
 
     def judged(self, window: Window, as_of: datetime, versions: dict[str, int] | None = None) -> pa.Table:
         """Predictions of the window joined with their labels: the predictions' columns and `label`."""
@@ -159,12 +168,14 @@ class Lake:
         text, number, time = pa.string(), pa.float64(), ARROW["timestamp"]
         if table == "labels":
             return pa.schema({"prediction_id": text, "label": number, "arrived": time}).empty_table()
+        logged = [("prediction_id", text), ("event_time", time), ("version", pa.int64()), ("score", number),
+                  ("action", text), ("latency_ms", number)]  # fmt: skip
+        if table == "shadow":
+            return pa.schema([*(pa.field(*entry) for entry in logged), pa.field("champion", pa.int64())]).empty_table()
         raw = self.schema.arrow()
         if table == "records":
             return raw.empty_table()
         inputs = [raw.field(name) for name in self.schema.names]
-        logged = [("prediction_id", text), ("event_time", time), ("version", pa.int64()), ("score", number),
-                  ("action", text), ("latency_ms", number)]  # fmt: skip
         return pa.schema([*(pa.field(*entry) for entry in logged), *inputs]).empty_table()
 
 

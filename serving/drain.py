@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +31,7 @@ MOST_ROWS = 100_000
 COMPACT_AFTER = 50
 """Appends between two looks at whether the tables have too many small files."""
 
-Logged = Literal["predictions", "labels"]
+Logged = Literal["predictions", "labels", "shadow"]
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +53,7 @@ class Ready:
 
 
 Tables = dict[Logged, pa.Table]
-TABLES: tuple[Logged, ...] = ("predictions", "labels")
+TABLES: tuple[Logged, ...] = ("predictions", "labels", "shadow")
 ANY = Schema((Column("-", "number"),), event_time="-t", target="-y")
 """A segment brings its own columns; appending asks the schema nothing."""
 
@@ -61,7 +61,9 @@ ANY = Schema((Column("-", "number"),), event_time="-t", target="-y")
 class Drain:
     """Moves ready segments into the lake. One a home: the caller holds the lock."""
 
-    def __init__(self, folder: Path, lake: str) -> None:
+    def __init__(self, folder: Path, lake: str, offer: Callable[[Path], None] = lambda _: None) -> None:
+        """`offer` is called with each segment of predictions before it is removed; it must not raise, nor wait."""
+        self.offer = offer
         self.open_folder, self.ready_folder = folder / "open", folder / "ready"
         self.broken_folder = folder / "broken"
         self.lake = lake
@@ -106,9 +108,13 @@ class Drain:
         for table in TABLES:
             self._append(table, segments, contents)
         for segment in segments:
+            if "predictions" in contents[segment.number]:
+                self.offer(segment.path)
             segment.path.unlink()
 
     def _append(self, table: Logged, segments: Sequence[Ready], contents: Mapping[int, Tables]) -> None:
+        if not any(table in tables for tables in contents.values()):
+            return
         workload, source = segments[0].workload, segments[0].source
         key, lake = (workload, table, source), Lake(self.lake, workload, ANY)
         if key not in self._known:
@@ -165,6 +171,9 @@ def read(content: bytes) -> tuple[Tables, int]:
     labels = [line for line in lines if "y" in line]
     if labels:
         found["labels"] = _labels(labels)
+    shadowed = [line for line in lines if "shadow" in line]
+    if shadowed:
+        found["shadow"] = _shadow(shadowed)
     return found, broken
 
 
@@ -207,6 +216,23 @@ def _labels(lines: Sequence[dict[str, Any]]) -> pa.Table:
         "prediction_id": pa.array([name for line in lines for name in line["id"]], pa.string()),
         "label": pa.array([value for line in lines for value in line["y"]], pa.float64()),
         "arrived": _times(lines),
+    })  # fmt: skip
+
+
+def _shadow(lines: Sequence[dict[str, Any]]) -> pa.Table:
+    """A challenger's answers, as `serving.shadow` writes them."""
+    columns = {
+        "prediction_id": ("id", pa.string()),
+        "champion": ("champion", pa.int64()),
+        "score": ("s", pa.float64()),
+        "action": ("a", pa.string()),
+        "latency_ms": ("ms", pa.float64()),
+    }
+    versions = np.repeat([line["shadow"] for line in lines], [len(line["id"]) for line in lines])
+    return pa.table({
+        "event_time": _times(lines),
+        "version": pa.array(versions, pa.int64()),
+        **{name: pa.array([one for line in lines for one in line[key]], kind) for name, (key, kind) in columns.items()},
     })  # fmt: skip
 
 

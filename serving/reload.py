@@ -28,6 +28,7 @@ from serving.fleet import Fleet
 from serving.guard import protection
 from serving.limits import PREFIX
 from serving.reconcile import Reconciler
+from serving.shadowing import LOOK_SECONDS, Shadowing
 from serving.supervise import MB, Plan, listen
 
 DRAIN_SECONDS = 0.3
@@ -54,13 +55,14 @@ def serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers)
-        drain = Drain(settings.serving / "log", str(settings.lake))
-        logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
-        threads = [threading.Thread(target=_repeat, args=(drain.step, DRAIN_SECONDS, stop), name="drain")]
-        if mlflow_url:
+        shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving) if mlflow_url else None
+        drain = Drain(settings.serving / "log", str(settings.lake), *([shadowing.feed.offer] if shadowing else []))
+        steps: list[tuple[Callable[[], object], float]] = [(drain.step, DRAIN_SECONDS)]
+        if shadowing:
             reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
-            every = settings.poll_seconds
-            threads.append(threading.Thread(target=_repeat, args=(reconciler.step, every, stop), name="reconcile"))
+            steps += [(reconciler.step, settings.poll_seconds), (shadowing.step, LOOK_SECONDS)]
+        logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
+        threads = [threading.Thread(target=_repeat, args=(step, seconds, stop)) for step, seconds in steps]
         for thread in threads:
             thread.start()
         try:
@@ -70,6 +72,8 @@ def serve(
             fleet.stop()
             for thread in threads:
                 thread.join()
+            if shadowing:
+                shadowing.stop()
             _drain_rest(drain)
 
 

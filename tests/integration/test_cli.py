@@ -12,7 +12,21 @@ from flows.site import write_state
 
 NORIA = str(Path(sys.executable).with_name("noria"))
 HEAVY = {"torch", "ray", "mlflow", "prefect", "evidently", "matplotlib"}
-COMMANDS = ("demo", "up", "down", "status", "serve", "train", "watch", "batch", "promote", "rollback", "new", "check")
+COMMANDS = (
+    "demo",
+    "up",
+    "down",
+    "status",
+    "serve",
+    "train",
+    "watch",
+    "batch",
+    "promote",
+    "rollback",
+    "shadow",
+    "new",
+    "check",
+)
 
 
 @pytest.fixture
@@ -58,6 +72,8 @@ SENTENCES = {
     ("train", "taxi"): "No stack runs in",
     ("promote", "taxi", "1"): "No stack runs in",
     ("rollback", "taxi"): "No stack runs in",
+    ("shadow", "taxi"): "No stack runs in",
+    ("shadow", "taxi", "--window", "soon"): "'soon' is no length of time",
     ("check", "bus"): "There is no workload 'bus'; known are taxi, spam.",
     ("check", "nowhere:WORKLOAD"): "Cannot import 'nowhere'",
     ("demo", "--from", "soon"): "--from and --to take dates such as 2019-12-02",

@@ -54,7 +54,13 @@ def labels(values: dict[str, float], arrived: datetime) -> pa.Table:
 
 def test_what_nobody_wrote_reads_as_no_rows(lake: Lake) -> None:
     assert lake.versions() == {"records": -1, "predictions": -1, "labels": -1}
-    for rows in (lake.records(WEEK), lake.predictions(WEEK), lake.labels(LATER), lake.judged(WEEK, LATER)):
+    for rows in (
+        lake.shadow(WEEK, 2),
+        lake.records(WEEK),
+        lake.predictions(WEEK),
+        lake.labels(LATER),
+        lake.judged(WEEK, LATER),
+    ):
         assert len(rows) == 0
     ref, rows = lake.dataset(WEEK, LATER)
     assert (ref.rows, len(rows)) == (0, 0)
