@@ -43,7 +43,9 @@ NAMES = {
 }
 """ONNX Runtime's names and ours, best first."""
 ONNX_RUNTIME = {ours: theirs for theirs, ours in NAMES.items()}
-CPU = GpuOptions()
+DEVICE = Path("/dev/nvidiactl")
+"""There where a GPU is: `auto` says why it goes without one only then."""
+ANY_GPU = GpuOptions()
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +62,17 @@ def require(wanted: Providers, device: int = 0) -> list[str]:
         _usable(wanted, device)
     except SettingsError as error:
         if wanted != "auto":
-            raise SettingsError(f"NORIA_PROVIDERS={wanted}: {error} Or set it to auto or cpu.") from None
+            raise SettingsError(
+                f"NORIA_PROVIDERS={wanted} is not possible here: {error} Set it to auto or cpu to go without."
+            ) from None
+        if DEVICE.exists():
+            _warn_once(str(error))
         return ["cpu"]
     return ["tensorrt", "cuda", "cpu"] if wanted == "tensorrt" else ["cuda", "cpu"]
 
 
 def open_session(
-    model: Path | bytes, providers: Providers = "auto", threads: int = 1, *, gpu: GpuOptions = CPU
+    model: Path | bytes, providers: Providers = "auto", threads: int = 1, *, gpu: GpuOptions = ANY_GPU
 ) -> ort.InferenceSession:
     """A session that leaves the other cores alone: `threads` intra-op threads, no spinning.
 
