@@ -230,7 +230,9 @@ def log_training(run: Run, trained: Trained) -> None:
     )
     if int8 := trained.parity.get("int8"):
         run.metrics(figures(int8))
-        run.tags({"noria.int8": "taken" if int8["taken"] else "refused", "noria.int8_because": " ".join(int8["reasons"])})
+        run.tags(
+            {"noria.int8": "taken" if int8["taken"] else "refused", "noria.int8_because": " ".join(int8["reasons"])}
+        )
     run.text("diagnosis.md", "\n".join(f"- {sentence}" for sentence in trained.diagnosis))
     run.figure("curves.png", trained.figure())
     run.data("quarantine.json", trained.prepared.quarantine)

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from noria.errors import ServiceError
+from noria.runtime import require
 from noria.settings import Settings
 from registry.store import Store
 from serving.drain import Drain
@@ -39,6 +40,7 @@ def serve(settings: Settings, host: str, port: int, mlflow_url: str, grpc_port: 
     Raises:
         ServiceError: the port is taken, or another server uses the same home.
     """
+    require(settings.providers, settings.gpu_device)
     with _alone(settings.serving):
         listener = listen(host, port)
         stop = threading.Event()

@@ -1,16 +1,28 @@
-"""The shapes that TensorRT builds an engine for: every tensor of a graph, from one row to the largest proven batch.
+"""How a version uses this machine's GPU: which one, how much of it, and what TensorRT builds its engine for.
 
 TensorRT takes part of a graph, whose inputs are tensors in its middle; where a profile is given it must name all of
 them, and which they are is known only once the graph is cut. So every tensor with a free number of rows is named.
-Not here: whether TensorRT is there (`noria.gpu`).
+Not here: whether there is a GPU, and its libraries' options (`noria.gpu`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import onnx
 from onnx import shape_inference
+
+from noria.gpu import GpuOptions
+from noria.runtime import Providers
+from noria.settings import load_settings
+
+
+def gpu_options(model: Path, providers: Providers, sizes: Sequence[int]) -> GpuOptions:
+    """What `open_session` is told about the GPU, from the settings; the profile is made for TensorRT only."""
+    settings = load_settings()
+    shapes = profile(model.read_bytes(), sizes) if providers == "tensorrt" else {}
+    return GpuOptions(settings.gpu_device, settings.gpu_memory_mb, settings.engines, shapes)
 
 
 def profile(model: bytes, sizes: Sequence[int]) -> dict[str, tuple[str, str, str]]:
