@@ -17,7 +17,7 @@ from pathlib import Path
 from noria.errors import SettingsError
 
 DRIVER = "libcuda.so.1"
-TENSORRT = ("libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10")
+TENSORRT = ("libnvinfer.so.10", "libnvonnxparser.so.10")
 """What ONNX Runtime's TensorRT provider is linked against, in the order in which they need each other."""
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _VERSION = Path("/sys/module/nvidia/version")
@@ -50,7 +50,7 @@ class GpuOptions:
     engines: Path | None = None
     """Folder of TensorRT's built engines; None: they are built again at every load, which takes minutes."""
     profile: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    """Tensor name to its smallest, usual and largest shape ("1x68"); empty: TensorRT learns the range while warming."""
+    """TensorRT's: tensor name to smallest, usual and largest shape ("1x68"); empty: it learns the range in warming."""
 
 
 def find_gpu(device: int = 0, library: str = DRIVER) -> Gpu:

@@ -43,7 +43,9 @@ NAMES = {
 }
 """ONNX Runtime's names and ours, best first."""
 ONNX_RUNTIME = {ours: theirs for theirs, ours in NAMES.items()}
-CPU = GpuOptions()
+DEVICE = Path("/dev/nvidiactl")
+"""There where a GPU is: `auto` says why it goes without one only then."""
+ANY_GPU = GpuOptions()
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +62,17 @@ def require(wanted: Providers, device: int = 0) -> list[str]:
         _usable(wanted, device)
     except SettingsError as error:
         if wanted != "auto":
-            raise SettingsError(f"NORIA_PROVIDERS={wanted}: {error} Or set it to auto or cpu.") from None
+            raise SettingsError(
+                f"NORIA_PROVIDERS={wanted} is not possible here: {error} Set it to auto or cpu to go without."
+            ) from None
+        if DEVICE.exists():
+            _warn_once(str(error))
         return ["cpu"]
     return ["tensorrt", "cuda", "cpu"] if wanted == "tensorrt" else ["cuda", "cpu"]
 
 
 def open_session(
-    model: Path | bytes, providers: Providers = "auto", threads: int = 1, *, gpu: GpuOptions = CPU
+    model: Path | bytes, providers: Providers = "auto", threads: int = 1, *, gpu: GpuOptions = ANY_GPU
 ) -> ort.InferenceSession:
     """A session that leaves the other cores alone: `threads` intra-op threads, no spinning.
 
@@ -102,14 +108,20 @@ def provider_of(session: ort.InferenceSession) -> str:
     return next(iter(nodes_by_provider(session)), "cpu")
 
 
+def placed(session: ort.InferenceSession) -> str:
+    """Where the nodes run, for a log or a page: "cuda (31 nodes), cpu (44 nodes)"."""
+    return ", ".join(f"{name} ({count} nodes)" for name, count in nodes_by_provider(session).items()) or "cpu"
+
+
 def run(session: ort.InferenceSession, names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The named outputs for one batch, on the CPU. Thread-safe.
 
     Where the graph begins or ends on a GPU, inputs and outputs are bound: each input is copied once to where its first
-    reader runs (strings are read on the CPU), outputs stay on the device until one copy brings all of them back.
+    reader runs, outputs stay on the device until one copy brings all of them back. A graph of strings is run plainly:
+    ONNX Runtime binds no strings from Python.
     """
     infos = (*session.get_input_memory_infos(), *session.get_output_memory_infos())
-    if all(_device(info.name) == "cpu" for info in infos):
+    if all(_device(info.name) == "cpu" for info in infos) or _strings(session):
         found: list[np.ndarray] = session.run(list(names), dict(tensors))
         return found
     return run_bound(session, names, tensors)
@@ -118,7 +130,7 @@ def run(session: ort.InferenceSession, names: Sequence[str], tensors: Mapping[st
 def run_bound(
     session: ort.InferenceSession, names: Sequence[str], tensors: Mapping[str, np.ndarray]
 ) -> list[np.ndarray]:
-    """As `run`, always with bound inputs and outputs."""
+    """As `run`, always with bound inputs and outputs; numbers only."""
     binding = session.io_binding()  # one a run: a binding is not thread-safe, and making one costs microseconds
     for name, values in tensors.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values)))
@@ -209,6 +221,10 @@ def _engines(model: Path | bytes, gpu: GpuOptions) -> Path | None:
     )
     place.mkdir(parents=True, exist_ok=True)
     return place
+
+
+def _strings(session: ort.InferenceSession) -> bool:
+    return any(entry.type == "tensor(string)" for entry in (*session.get_inputs(), *session.get_outputs()))
 
 
 def _device(memory: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from noria.errors import ServiceError
+from noria.runtime import require
 from noria.settings import Settings, variables
 from registry.store import Store
 from serving.config import Config
@@ -48,6 +49,7 @@ def serve(
         SettingsError: a setting is malformed, or others could reach a server that asks for no key.
         ServiceError: the port is taken, or another server uses the same home.
     """
+    require(settings.providers, settings.gpu_device)
     config = _config(settings, host, is_open)
     with _alone(settings.serving):
         listener = listen(host, port)
