@@ -18,9 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 SIZES = {"small": (20, 64, 64, 2), "floats": (1024, 10), "compute": (1024, 1024, 10)}
 
 
-def perceptron(sizes: tuple[int, ...]) -> bytes:
+def perceptron(sizes: tuple[int, ...], seed: int = 0) -> bytes:
     """An ONNX graph `x` [n, first] -> `y` [n, last], ReLU between layers."""
-    generator, nodes, weights, given = np.random.default_rng(0), [], [], "x"
+    generator, nodes, weights, given = np.random.default_rng(seed), [], [], "x"
     for layer, (rows, columns) in enumerate(pairwise(sizes)):
         last = layer == len(sizes) - 2
         made = "y" if last else f"h{layer}"

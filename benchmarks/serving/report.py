@@ -115,9 +115,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def markdown(sections: Sequence[Section], facts: dict[str, str], command: Sequence[str]) -> str:
+def markdown(sections: Sequence[Section], facts: dict[str, str], command: Sequence[str], title: str) -> str:
     """The file for `benchmarks/results/`."""
-    lines = [f"# Serving, noria and its peers, {facts['date'][:10]}", "", f"    {shlex.join(command)}", ""]
+    lines = [f"# {title}, {facts['date'][:10]}", "", f"    {shlex.join(command)}", ""]
     lines += [f"{name}: {value}  " for name, value in facts.items()]
     for section in sections:
         lines += ["", f"## {section.name}", "", section.about]
@@ -129,11 +129,17 @@ def markdown(sections: Sequence[Section], facts: dict[str, str], command: Sequen
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(sections: Sequence[Section], facts: dict[str, str], command: Sequence[str], folder: Path) -> Path:
+def write(
+    sections: Sequence[Section],
+    facts: dict[str, str],
+    command: Sequence[str],
+    folder: Path,
+    name: str = "serving-peers",
+) -> Path:
     """Both files; returns the Markdown's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{facts['date'][:10]}-serving-peers.md"
-    path.write_text(markdown(sections, facts, command))
+    path = folder / f"{facts['date'][:10]}-{name}.md"
+    path.write_text(markdown(sections, facts, command, name))
     content = {
         "facts": facts,
         "command": list(command),
