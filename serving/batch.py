@@ -40,6 +40,8 @@ class Call:
     deadline: float | None = None
     """`time.perf_counter()` after which nobody wants the answer."""
     began: float = 0.0
+    traceparent: bytes = b""
+    """What the client's own trace says."""
     gone: bool = False
     """The client has left."""
     asked: Asked | None = None
@@ -61,7 +63,12 @@ class Run:
 
     calls: Sequence[Call]
     rows: int
-    seconds: float
+    taken: float
+    """When its calls were taken off the queue; as the other times, of `time.perf_counter`."""
+    began: float
+    ended: float
+    logged: tuple[float, float] | None = None
+    """Begin and end of the write to the log."""
 
 
 class Recorder(Protocol):
@@ -103,7 +110,7 @@ def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs
         tensors = _together([call.asked.rows for call in calls if call.asked])
         rows = sum(call.asked.rows.count for call in calls if call.asked)
         outputs = _outputs(model, tensors, rows)
-        run = Run(calls, rows, time.perf_counter() - started)
+        run = Run(calls, rows, began, started, time.perf_counter())
     except Exception as error:
         if len(calls) > 1:
             for call in calls:
@@ -121,7 +128,9 @@ def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs
         return
     runs.append(run)
     try:
-        _encode(model, calls, outputs, recorder.record(model, calls, tensors, outputs, began))
+        recorded = recorder.record(model, calls, tensors, outputs, began)
+        run.logged = run.ended, time.perf_counter()
+        _encode(model, calls, outputs, recorded)
     except Exception:
         logger.exception("A batch of %s failed", model.workload)
     for call in calls:

@@ -8,35 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import orjson
 
 from noria.errors import SchemaError
-from noria.runtime import SCORE
 from registry.bundle import Bundle
 from serving.arrow import CONTENT_TYPE as ARROW
 from serving.arrow import decode_arrow
-from serving.batch import Call, Recorded, Run
+from serving.batch import Call
 from serving.batcher import Batcher
 from serving.capture import Log
-from serving.commit import GroupCommit
 from serving.config import Config
 from serving.engine import Engine
 from serving.guard import Guard
-from serving.ids import Ids, expand
+from serving.ids import Ids
 from serving.limits import Limits, inflate
 from serving.metrics import Metrics
 from serving.model import Model
 from serving.protocol import decode_feedback, decode_predict
+from serving.recorder import Records
 from serving.tensors import decode_infer, metadata
+from serving.tracing import Tracer
 from serving.wire import Answer, Asked, Refusal, as_json, refused
 
-OK = 200
 INLINE_BYTES = 64 * 1024
 """Labels in a body up to this size are read in the event loop."""
 
@@ -64,13 +62,22 @@ WANTED = frozenset({
 class Service:
     """What a worker can be asked."""
 
-    def __init__(self, engine: Engine, log: Log, metrics: Metrics, ids: Ids, config: Config | None = None) -> None:
-        self.engine, self.log, self.metrics, self.ids = engine, log, metrics, ids
+    def __init__(
+        self,
+        engine: Engine,
+        log: Log,
+        metrics: Metrics,
+        ids: Ids,
+        config: Config | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.engine, self.log, self.metrics, self.ids, self.tracer = engine, log, metrics, ids, tracer
         self.config = config or Config()
         self.limits = self.config.limits
         self.guard = Guard(self.config.protection) if self.config.protection else None
-        self.commit = GroupCommit(log)
-        self.batcher = Batcher(engine, self, self.limits.queue)
+        records = Records(log, ids, metrics, tracer, self.config.durable)
+        self.commit = records.commit
+        self.batcher = Batcher(engine, records, self.limits.queue)
         self.threads = ThreadPoolExecutor(2, "feedback")
 
     def accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:
@@ -126,57 +133,18 @@ class Service:
                 return decode_predict(body, model)
 
         call = Call(request.route, request.workload, decode, reply, len(body), request.version)
+        call.traceparent = headers.get(b"traceparent", b"")
         timeout = headers.get(b"x-request-timeout-ms")
         if timeout is not None:
             call.deadline = time.perf_counter() + _whole(timeout, "X-Request-Timeout-Ms") / 1000
         return call
 
     def close(self) -> None:
-        """Let go of the files that are open."""
+        """Let go of the files that are open, and send the last traces."""
+        if self.tracer is not None:
+            self.tracer.close()
         if self.guard is not None:
             self.guard.close()
-
-    # What the batcher asks
-
-    def record(
-        self,
-        model: Model,
-        calls: Sequence[Call],
-        tensors: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray],
-        began: float,
-    ) -> Recorded:
-        """Give the rows of a batch their ids and actions, and log them."""
-        rows = sum(call.asked.rows.count for call in calls if call.asked)
-        actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
-        base = self.ids.base(model.workload, rows)
-        logged = self.log.predictions(
-            model, base=base, tensors=tensors, outputs=outputs, times=_times(calls, rows), actions=actions,
-            latency_ms=(time.perf_counter() - began) * 1000,
-        )  # fmt: skip
-        # An id is a promise that the row is known: where the log could not be written there is none.
-        return Recorded(expand(base, rows) if logged else [""] * rows, actions)
-
-    def release(self, model: Model, send: Callable[[], None]) -> None:
-        """Send at once, or after the log is on the disk."""
-        if self.config.durable(model.workload):
-            self.commit.after(send)
-        else:
-            send()
-
-    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
-        """Count a batch."""
-        now = time.perf_counter()
-        for call in calls:
-            if call.answer is not None and call.answer.status != OK:
-                status, seconds = call.answer.status, now - call.began
-                self.metrics.answered(call.route, model.workload, model.version, status, seconds)
-        for run in runs:
-            good = [call for call in run.calls if call.answer is not None and call.answer.status == OK]
-            self.metrics.batch(
-                model.workload, model.version, [call.route for call in good], [now - call.began for call in good],
-                rows=run.rows, run=run.seconds,
-            )  # fmt: skip
 
     # Feedback
 
@@ -266,15 +234,6 @@ class Service:
 def too_large(limits: Limits) -> Refusal:
     """The refusal of a body that is larger than is read."""
     return Refusal(413, f"The body is larger than {limits.body_bytes:,} bytes; send fewer records in a request.")
-
-
-def _times(calls: Sequence[Call], rows: int) -> np.ndarray:
-    """When each row of a batch happened, microseconds [rows]."""
-    now = time.time_ns() // 1000
-    if all(call.asked.rows.times is None for call in calls if call.asked):
-        return np.full(rows, now)
-    parts = [call.asked.rows for call in calls if call.asked]
-    return np.concatenate([np.full(part.count, now) if part.times is None else part.times for part in parts])
 
 
 def _kind(headers: Mapping[bytes, bytes]) -> bytes:

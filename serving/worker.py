@@ -30,7 +30,7 @@ import uvicorn
 import uvloop
 
 from noria.runtime import Providers
-from serving import generation, state
+from serving import generation, state, tracing
 from serving.app import App
 from serving.capture import Log
 from serving.config import Config
@@ -183,7 +183,9 @@ def build(engine: Engine, config: Config, folder: Path, source: str, number: int
     metrics = Metrics(folder / "metrics", source)
     for model in engine.models.values():
         metrics.loaded(model.workload, model.version, model.provider)
-    return Service(engine, Log(folder / "log", source), metrics, Ids(read_key(folder), number), config)
+    return Service(
+        engine, Log(folder / "log", source), metrics, Ids(read_key(folder), number), config, tracing.start(source)
+    )
 
 
 def main() -> None:

@@ -17,12 +17,15 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from noria.errors import SettingsError
+from registry.bundle import write
+from serving import service as serving_service
 from serving import tracing
-from serving.app import App
 from serving.capture import Log
 from serving.engine import Engine
+from serving.ids import Ids
 from serving.metrics import Metrics
 from serving.service import Service
+from serving.state import Desired
 from serving.tracing import Request, Run
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -244,24 +247,26 @@ def test_a_collector_that_is_not_there_costs_the_end_a_few_seconds(monkeypatch):
     assert time.monotonic() - began < 5
 
 
-def test_the_application_tells_of_its_requests(receiver, tmp_path):
+def test_the_service_tells_of_its_requests_and_their_run(receiver, tmp_path, make_contents):
+    write(tmp_path / "bundle", make_contents())
     tracer = tracing.start("one")
-    app = App(Service(Engine("cpu"), Log(tmp_path, "one"), Metrics()), tracer)
+    engine = Engine("cpu")
+    engine.take(Desired("trips", 1, str(tmp_path / "bundle"), "a"))
+    service = Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), tracer=tracer)
+    good = b'[{"pickup": 1, "vendor": "A", "distance": 2, "zone": 1}]'
 
-    def ask(method, path, headers=()):
-        async def receive():
-            return {"type": "http.request", "body": b"[]", "more_body": False}
+    async def ask():
+        answers = []
+        for body in (good, good, b"{"):
+            headers = {b"traceparent": f"00-{TRACE}-{PARENT}-01".encode()}
+            service.accept(serving_service.Request("predict", "trips", body, headers), answers.append)
+        while len(answers) < 3:
+            await asyncio.sleep(0.01)
 
-        async def send(_):
-            pass
-
-        scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "query_string": b""}
-        asyncio.run(app(scope, receive, send))
-
-    ask("POST", "/predict/taxi", [(b"traceparent", f"00-{TRACE}-{PARENT}-01".encode())])
-    ask("GET", "/v2/health/live")
-    ask("GET", "/metrics")
-    tracer.close()
-    (span,) = receiver.spans
-    assert (span.name, span.trace_id.hex()) == ("POST /predict/{workload}", TRACE)
-    assert values(span)["http.response.status_code"] == 503
+    asyncio.run(ask())
+    service.close()
+    asked = [span for span in receiver.spans if span.name == "POST /predict/{workload}"]
+    assert sorted(values(span)["http.response.status_code"] for span in asked) == [200, 200, 400]
+    assert {span.trace_id.hex() for span in asked} == {TRACE}
+    (run,) = [span for span in receiver.spans if len(span.links) == 2]
+    assert {link.span_id for link in run.links} <= {span.span_id for span in asked}

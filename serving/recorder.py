@@ -1,0 +1,118 @@
+"""What becomes of answered rows: their ids and actions, their line in the log, the counters, and the trace.
+
+Called by the batcher. Not here: how a batch runs (`serving.batch`), the log's files (`serving.capture`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from noria.runtime import SCORE
+from serving.batch import Call, Recorded, Run
+from serving.capture import Log
+from serving.commit import GroupCommit
+from serving.ids import Ids, expand
+from serving.metrics import Metrics
+from serving.model import Model
+from serving.tracing import Request as Traced
+from serving.tracing import Run as TracedRun
+from serving.tracing import Tracer
+
+OK = 200
+ROUTES = {
+    "predict": "/predict/{workload}",
+    "infer": "/v2/models/{workload}/infer",
+    "feedback": "/feedback/{workload}",
+    "grpc_infer": "inference.GRPCInferenceService/ModelInfer",
+}
+"""How a trace names the routes; looking at pages and health is not traced."""
+
+
+class Records:
+    """The batcher's recorder."""
+
+    def __init__(
+        self, log: Log, ids: Ids, metrics: Metrics, tracer: Tracer | None, durable: Callable[[str], bool]
+    ) -> None:
+        """`durable`: whether the answers of a workload wait for the disk."""
+        self.log, self.ids, self.metrics, self.tracer, self.durable = log, ids, metrics, tracer, durable
+        self.commit = GroupCommit(log)
+
+    def record(
+        self,
+        model: Model,
+        calls: Sequence[Call],
+        tensors: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        began: float,
+    ) -> Recorded:
+        """Give the rows of a batch their ids and actions, and log them."""
+        rows = sum(call.asked.rows.count for call in calls if call.asked)
+        actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
+        base = self.ids.base(model.workload, rows)
+        logged = self.log.predictions(
+            model, base=base, tensors=tensors, outputs=outputs, times=_times(calls, rows), actions=actions,
+            latency_ms=(time.perf_counter() - began) * 1000,
+        )  # fmt: skip
+        # An id is a promise that the row is known: where the log could not be written there is none.
+        return Recorded(expand(base, rows) if logged else [""] * rows, actions)
+
+    def release(self, model: Model, send: Callable[[], None]) -> None:
+        """Send at once, or after the log is on the disk."""
+        if self.durable(model.workload):
+            self.commit.after(send)
+        else:
+            send()
+
+    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
+        """Count a batch."""
+        now = time.perf_counter()
+        for call in calls:
+            if call.answer is not None and call.answer.status != OK:
+                status, seconds = call.answer.status, now - call.began
+                self.metrics.answered(call.route, model.workload, model.version, status, seconds)
+        for run in runs:
+            good = [call for call in run.calls if call.answer is not None and call.answer.status == OK]
+            self.metrics.batch(
+                model.workload, model.version, [call.route for call in good], [now - call.began for call in good],
+                [run.began - call.began for call in good],
+                rows=run.rows, run=run.ended - run.began,
+            )  # fmt: skip
+        if self.tracer is not None:
+            self._trace(self.tracer, model, calls, runs, now)
+
+    def _trace(self, tracer: Tracer, model: Model, calls: Sequence[Call], runs: Sequence[Run], now: float) -> None:
+        """Tell the tracer of a batch: each request once, with the last run that it was in."""
+        last = {id(call): run for run in runs for call in run.calls}
+        by_run: dict[int, list[Traced]] = {}
+        for call in calls:
+            if call.answer is None:
+                continue
+            path = ROUTES.get(call.route, call.route)
+            traced = Traced(
+                "POST", path, path.format(workload=model.workload), call.began, now, call.answer.status,
+                call.traceparent, model.workload, call.answer.rows,
+            )  # fmt: skip
+            run = last.get(id(call))
+            if run is None:
+                tracer.answered(traced)
+            else:
+                by_run.setdefault(id(run), []).append(traced)
+        for run in runs:
+            if id(run) in by_run:
+                ran = TracedRun(
+                    model.workload, model.version, run.rows, run.taken, (run.began, run.ended), run.logged, now
+                )
+                tracer.batch(ran, by_run[id(run)])
+
+
+def _times(calls: Sequence[Call], rows: int) -> np.ndarray:
+    """When each row of a batch happened, microseconds [rows]."""
+    now = time.time_ns() // 1000
+    if all(call.asked.rows.times is None for call in calls if call.asked):
+        return np.full(rows, now)
+    parts = [call.asked.rows for call in calls if call.asked]
+    return np.concatenate([np.full(part.count, now) if part.times is None else part.times for part in parts])
