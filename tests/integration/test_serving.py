@@ -110,7 +110,9 @@ class Server:
         return worker
 
     def workers(self):
-        return psutil.Process(self.process.pid).children()
+        """Those that answer and stay."""
+        described = orjson.loads((self.home / "serving" / "workers.json").read_bytes())
+        return [psutil.Process(worker["pid"]) for worker in described if worker["phase"] == "accepting"]
 
     def log(self):
         return (self.home / "serving.log").read_text()
