@@ -88,7 +88,8 @@ class Fleet:
         busy = self._busy()
         if not busy:
             self.pool.keep_spare()
-        said = [worker.describe() for worker in [*self.members, *self._old, *self.pool.leaving]]
+        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
+        said = [worker.describe() for worker in [*self.members, *self._old, *loading, *self.pool.leaving]]
         if self.ledger.workers(said):
             prune(self.folder, self._needed())
         return 0.02 if busy else 0.1
