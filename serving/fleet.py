@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from serving.generation import Generation, numbers, prune, write
 from serving.ledger import Ledger
+from serving.pool import Pool
 from serving.state import Desired
 from serving.supervise import Failure, Plan, Worker
 
@@ -27,8 +28,6 @@ LONGEST_HOLD = 30.0
 TRIES = 3
 PATIENCE_SECONDS = 3
 """How long a change has the machine for itself before the next one is tried beside it."""
-END_SECONDS = 15
-"""A worker that was told to end and did not is killed after this long."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +59,13 @@ class Fleet:
     def __init__(self, plan: Plan, count: int = 1) -> None:
         self.plan, self.count = plan, count
         self.folder = plan.folder
-        self.ledger = Ledger(plan.folder)
+        self.ledger, self.pool = Ledger(plan.folder), Pool(plan)
         self._number = max(numbers(self.folder), default=0)
         desired = self.ledger.desired()
         entries = {name: entry for name, entry in desired.items() if entry.version is not None}
         self.current = Generation(self._next(), entries)
         self.members: list[Worker] = []
         """Workers of the present generation."""
-        self.leaving: list[Worker] = []
-        """Workers that were told to end."""
         self._old: list[Worker] = []
         """Workers of the generation before, which answer until every new one does."""
         self._candidates: dict[str, Candidate] = {}
@@ -77,23 +74,24 @@ class Fleet:
         self._faults: Counter[tuple[str, int | None]] = Counter()
         self._start_at = self._wait = 0.0
 
-    @property
-    def accepting(self) -> int:
-        """Workers that answer."""
-        return sum(worker.phase == "accepting" and not worker.failure for worker in [*self.members, *self._old])
-
     def step(self) -> float:
         """Look at everything once; returns the seconds after which to look again."""
         loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
         for worker in [*self.members, *self._old, *loading]:
             worker.look()
-        self._end_leaving()
+        self.pool.end_leaving()
         self._keep_members()
         for candidate in list(self._candidates.values()):
             self._judge(candidate)
         if any(worker.phase == "accepting" for worker in self.members):
             self._begin()
-        busy = self._candidates or self._old or any(worker.phase != "accepting" for worker in self.members)
+        busy = self._busy()
+        if not busy:
+            self.pool.keep_spare()
+        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
+        said = [worker.describe() for worker in [*self.members, *self._old, *loading, *self.pool.leaving]]
+        if self.ledger.workers(said):
+            prune(self.folder, self._needed())
         return 0.02 if busy else 0.1
 
     def stop(self) -> None:
@@ -102,11 +100,8 @@ class Fleet:
         for candidate in list(self._candidates.values()):
             self._drop(candidate)
         for worker in [*self.members, *self._old]:
-            self._retire(worker)
-        self.members, self._old = [], []
-        while self.leaving:
-            self._end_leaving()
-            time.sleep(0.02)
+            self.pool.retire(worker)
+        self.pool.stop()
 
     # The present generation
 
@@ -122,16 +117,16 @@ class Fleet:
         for worker in self.members:
             if worker.phase == "loaded":
                 self._go(worker)
-        if self._old and self.members and all(worker.phase == "accepting" for worker in self.members):
+        if self._old and sum(worker.phase == "accepting" for worker in self.members) == self.count:
             for worker in self._old:
-                self._retire(worker)
+                self.pool.retire(worker)
             self._old = []
 
     def _go(self, worker: Worker) -> None:
         self.ledger.settled(self.current.entries)
         worker.go()
         logger.info("Generation %d answers: worker %d was ready after %.2f s with %d MB.", worker.generation,
-                    worker.pid, worker.report["seconds"], worker.report["memory_mb"])  # fmt: skip
+                    worker.pid, worker.seconds, worker.memory_mb)  # fmt: skip
 
     def _lost(self, worker: Worker, failure: Failure) -> None:
         """A worker of the present generation died, or cannot load it."""
@@ -217,7 +212,7 @@ class Fleet:
             if worker.phase == "accepting":
                 self._old.append(worker)
             else:
-                self._retire(worker)
+                self.pool.retire(worker)
         self.current, self.members = candidate.generation, candidate.members
         self._keep_members()
         if candidate.change.version is None:
@@ -248,33 +243,18 @@ class Fleet:
         for worker in candidate.members:
             worker.kill()
 
-    # Processes
+    # What its processes are
 
     def _start(self, generation: Generation) -> Worker:
-        return Worker(self.plan, generation.number, write(self.folder, generation))
+        return self.pool.start(generation.number, write(self.folder, generation))
 
-    def _retire(self, worker: Worker) -> None:
-        if worker.phase in ("opening", "accepting"):
-            worker.retire()
-            self.leaving.append(worker)
-        else:
-            worker.kill()
-
-    def _end_leaving(self) -> None:
-        for worker in self.leaving:
-            if not worker.ended and worker.leaving > END_SECONDS:
-                logger.error("Worker %d does not end; killing it.", worker.pid)
-                worker.kill()
-        for worker in [worker for worker in self.leaving if worker.ended]:
-            worker.close()
-            self.leaving.remove(worker)
-            prune(self.folder, self._needed())
+    def _busy(self) -> bool:
+        settled = not self._old and all(worker.phase == "accepting" for worker in self.members)
+        return bool(self._candidates) or not settled
 
     def _needed(self) -> set[int]:
-        """Numbers of the generations that a process may still read or serve."""
-        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
-        processes = [*self.members, *self._old, *self.leaving, *loading]
-        return {self.current.number, *(worker.generation for worker in processes)}
+        """Numbers of the generations that a process may still read."""
+        return {self.current.number, *(candidate.generation.number for candidate in self._candidates.values())}
 
     def _next(self) -> int:
         self._number += 1

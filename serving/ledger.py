@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ class Ledger:
         self.states, self.failures = folder / "state", folder / "failed"
         self._seen: object = None
         self._desired: dict[str, Desired] = {}
+        self._workers: Sequence[Mapping[str, object]] = ()
 
     def desired(self) -> dict[str, Desired]:
         """What should serve, by workload; read again when a file of it was replaced."""
@@ -53,6 +54,14 @@ class Ledger:
         """A workload is served no more, on purpose."""
         state.remove(self.states, workload)
         state.remove(self.failures, workload)
+
+    def workers(self, described: Sequence[Mapping[str, object]]) -> bool:
+        """Write down which processes there are, when that has changed; returns whether it had."""
+        if described == self._workers:
+            return False
+        state.write_file(self.folder / "workers.json", described)
+        self._workers = described
+        return True
 
     def _serves(self, entry: Desired, before: State | None) -> None:
         version = entry.version or 0

@@ -20,6 +20,7 @@ from registry.aliases import aliases
 from registry.store import Store
 from serving import state
 from serving.state import Desired, State
+from serving.sweep import sweep
 
 TAG = "noria.serving"
 LONGEST_PAUSE = 30.0
@@ -52,6 +53,7 @@ class Reconciler:
         self._lost: set[str] = set()
         """Requests for versions that the registry does not hold whole either."""
         self._clashes: set[str] = set()
+        self._named: dict[str, set[int]] = {}
         self._unsaid: dict[tuple[str, int], str] = {}
         """Tags not written yet, by workload and version."""
         self._unreachable = ""
@@ -79,6 +81,7 @@ class Reconciler:
         for workload, named in found.items():
             self._follow(workload, named)
         self._say()
+        self._sweep(found)
 
     def _repair(self) -> None:
         """A version that serves and cannot be loaded any more is fetched again, and asked for once more."""
@@ -174,6 +177,18 @@ class Reconciler:
         state.write(self.desired_folder, back)
         self._report(workload, number, f"failed: {reason}")
         self._done(pending)
+
+    def _sweep(self, found: Mapping[str, Mapping[str, int]]) -> None:
+        """Remove bundles that neither an alias nor a request names, when what is named has changed."""
+        desired, reached = self._desired(), state.read(self.state_folder, State)
+        named = {workload: set(numbers.values()) for workload, numbers in found.items()}
+        for workload, entry in desired.items():
+            state_of = reached.get(workload)
+            more = [entry.version, entry.fallback_version, *([state_of.version] if state_of else [])]
+            named.setdefault(workload, set()).update(number for number in more if number is not None)
+        if named != self._named and not self._pending:
+            sweep(self.bundles, named)
+            self._named = named
 
     def _done(self, pending: Pending) -> None:
         self._handled[pending.desired.workload] = pending.desired.version or 0

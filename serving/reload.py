@@ -2,7 +2,8 @@
 
 The parent polls the alias `champion` of every registered model, fetches and checks the bundle, starts workers that
 serve it, and tells the version's tags what came of it. It keeps the workers alive and moves the prediction log into the
-lake. MLflow may be away: what was fetched goes on serving, also through a restart.
+lake. MLflow may be away: what was fetched goes on serving, also through a restart. With a model repository the plain
+models of that folder are served too, and MLflow is not needed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from serving.fleet import Fleet
 from serving.guard import protection
 from serving.limits import PREFIX
 from serving.reconcile import Reconciler
-from serving.shadowing import LOOK_SECONDS, Shadowing
+from serving.repository import LOOK_SECONDS, Repository
+from serving.shadowing import LOOK_SECONDS as SHADOW_SECONDS
+from serving.shadowing import Shadowing
 from serving.supervise import MB, Plan, listen
 
 DRAIN_SECONDS = 0.3
 LAST_DRAIN_SECONDS = 60
+RETRY_SECONDS = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +60,24 @@ def serve(
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
+        repository = Repository(Path(settings.repository) if settings.repository else None, settings.serving)
+        repository.step()  # what lies there at the start is loaded by the first workers
         fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers)
         shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving) if mlflow_url else None
         drain = Drain(settings.serving / "log", str(settings.lake), *([shadowing.feed.offer] if shadowing else []))
-        steps: list[tuple[Callable[[], object], float]] = [(drain.step, DRAIN_SECONDS)]
+        repeated: dict[Callable[[], object], float] = {drain.step: DRAIN_SECONDS, repository.step: LOOK_SECONDS}
         if shadowing:
             reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
-            steps += [(reconciler.step, settings.poll_seconds), (shadowing.step, LOOK_SECONDS)]
+            repeated |= {reconciler.step: settings.poll_seconds, shadowing.step: SHADOW_SECONDS}
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
-        threads = [threading.Thread(target=_repeat, args=(step, seconds, stop)) for step, seconds in steps]
+        threads = [
+            threading.Thread(target=_repeat, args=(step, seconds, stop), name=step.__qualname__)
+            for step, seconds in repeated.items()
+        ]
         for thread in threads:
             thread.start()
         try:
-            _repeat_quickly(fleet, stop)
+            _repeat(fleet.step, None, stop)
         finally:
             stop.set()
             fleet.stop()
@@ -92,19 +101,6 @@ def _config(settings: Settings, host: str, is_open: bool) -> Config:
     return Config(guarded, settings.ack, {name.strip(): ack.strip() for name, ack in acks.items()})
 
 
-def _repeat_quickly(fleet: Fleet, stop: threading.Event) -> None:
-    """Keep the fleet as it should be; a fault of one step is logged, since the workers answer without it."""
-    pause, last = 0.0, ""
-    while not stop.wait(pause):
-        try:
-            pause, last = fleet.step(), ""
-        except Exception as error:
-            pause = 0.5
-            if str(error) != last:
-                logger.exception("The workers could not be looked after; it is tried again.")
-            last = str(error)
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the home's lock. Raises ServiceError when another server does."""
@@ -117,18 +113,20 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _repeat(step: Callable[[], object], seconds: float, stop: threading.Event) -> None:
-    """Call `step` again and again; a failure is logged once while it lasts, and the next call tries again."""
-    last = ""
+def _repeat(step: Callable[[], float | None], seconds: float | None, stop: threading.Event) -> None:
+    """Call `step` again and again, every so many seconds or (None) when it says; a failure is logged once while it
+    lasts, and the next call tries again."""
+    last, pause = "", seconds or RETRY_SECONDS
     while True:
         try:
-            step()
-            last = ""
+            said = step()
+            last, pause = "", seconds if seconds is not None else said or RETRY_SECONDS
         except Exception as error:
+            pause = seconds or RETRY_SECONDS
             if str(error) != last:
                 logger.exception("A step of the server failed; it is tried again.")
             last = str(error)
-        if stop.wait(seconds):
+        if stop.wait(pause):
             return
 
 

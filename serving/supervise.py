@@ -1,7 +1,7 @@
 """One worker process, seen from its parent: start it, hear what it reports, watch it while it loads, end it.
 
-The worker loads what its generation names and proves it, says so, and waits; only when it is told to (`go`) does it
-accept connections. So whatever a version does while it loads, no request meets it. The parent holds the listening
+A worker is told which generation to load (`load`), proves it, says so, and waits; only when it is told to (`go`) does
+it accept connections. So whatever a version does while it loads, no request meets it. The parent holds the listening
 socket: connections that arrive while no worker accepts wait instead of failing.
 Not here: what should serve, and how many workers there are (`serving.fleet`).
 """
@@ -81,21 +81,24 @@ class Failure:
 class Worker:
     """A started worker process. Used by one thread, the one that started it."""
 
-    def __init__(self, plan: Plan, generation: int, path: Path) -> None:
+    def __init__(self, plan: Plan) -> None:
         """Start it. Its standard input is the pipe that ends with this process."""
-        self.plan, self.generation = plan, generation
-        self.phase: Literal["loading", "loaded", "opening", "accepting"] = "loading"
+        self.plan, self.generation = plan, 0
+        self.phase: Literal["spare", "loading", "loaded", "opening", "accepting"] = "spare"
         self.failure: Failure | None = None
-        self.report: dict[str, Any] = {}
-        """What it said when it had loaded: `seconds` since its start, `memory_mb`."""
-        self.started = self._since = self._retired = time.monotonic()
+        self.seconds = 0.0
+        """From being told to load until it had; the start of the process included where that came first."""
+        self.memory_mb = 0
+        """Resident memory when it had loaded."""
+        self.started = self._asked = self._since = time.monotonic()
+        self._retired: float | None = None
         self._loading: tuple[str, int] | None = None
         self._heard = b""
         self._reports, theirs = os.pipe()
         os.set_blocking(self._reports, False)
         try:
             self._process = subprocess.Popen(
-                self._command(path, theirs),
+                self._command(theirs),
                 stdin=subprocess.PIPE,
                 pass_fds=[plan.listener.fileno(), theirs],
                 start_new_session=True,
@@ -104,11 +107,11 @@ class Worker:
         finally:
             os.close(theirs)
 
-    def _command(self, path: Path, reports: int) -> list[str]:
+    def _command(self, reports: int) -> list[str]:
         command = [
             sys.executable, "-m", "serving.worker", "--socket", str(self.plan.listener.fileno()),
-            "--folder", str(self.plan.folder), "--generation", str(path), "--report", str(reports),
-            "--source", uuid.uuid4().hex[:12], "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
+            "--report", str(reports), "--folder", str(self.plan.folder), "--source", uuid.uuid4().hex[:12],
+            "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
             "--providers", self.plan.providers,
         ]  # fmt: skip
         return command if self.plan.grpc_port is None else [*command, "--grpc", str(self.plan.grpc_port)]
@@ -126,12 +129,18 @@ class Worker:
     @property
     def leaving(self) -> float:
         """Seconds since it was told to end."""
-        return time.monotonic() - self._retired
+        return 0.0 if self._retired is None else time.monotonic() - self._retired
 
     @property
     def ended(self) -> bool:
         """Whether the process is gone."""
         return self._process.poll() is not None
+
+    def describe(self) -> dict[str, object]:
+        """What a person wants to know of it."""
+        phase = self.phase if self._retired is None else "leaving"
+        loaded = {"seconds": round(self.seconds, 3), "memory_mb": self.memory_mb}
+        return {"pid": self.pid, "generation": self.generation, "phase": phase, **loaded}
 
     def look(self) -> None:
         """Take in what it reported and whether it lives; one that breaks a limit while loading is killed."""
@@ -148,6 +157,12 @@ class Worker:
             self._check_limits()
         if self.failure is not None and self.phase == "loading":
             self.kill()
+
+    def load(self, generation: int, path: Path) -> None:
+        """Let it load the generation in a file."""
+        self.generation, self.phase = generation, "loading"
+        self._asked = self._since = time.monotonic()
+        self._tell(f"{path}\n".encode())
 
     def go(self) -> None:
         """Let it accept connections."""
@@ -198,8 +213,9 @@ class Worker:
             self._loading, self._since = (said["loading"], said["version"]), time.monotonic()
         elif "failed" in said:
             self.failure = Failure(said["reason"], said["failed"])
-        elif "seconds" in said:
-            self.phase, self.report, self._loading = "loaded", said, None
+        elif "loaded" in said:
+            self.phase, self._loading = "loaded", None
+            self.seconds, self.memory_mb = time.monotonic() - self._asked, said["memory_mb"]
         elif "accepting" in said:
             self.phase = "accepting"
 

@@ -1,10 +1,12 @@
 """One worker process: loads and proves one generation, then answers requests on a socket that it is given.
 
-    python -m serving.worker --socket 3 --report 5 --folder .noria/serving --generation .../7.json --source 1f0c...
+    python -m serving.worker --socket 3 --report 5 --folder .noria/serving --source 1f0c...
 
-Started by `serving.supervise`, which owns the socket and holds the other ends of two pipes. On `--report` the worker
-says what it loads and when it is done; standard input brings `go`, after which it accepts connections, and ends when
-the parent does, after which it finishes what it is answering and ends. Never imports mlflow or deltalake.
+Started by `serving.supervise`, which owns the socket and holds the other ends of two pipes. Standard input brings two
+lines: the generation's file, which may be long after the start (importing takes longer than loading, so the parent
+keeps a spare), and `go`, after which the worker accepts connections. When it ends, so has the parent, and the worker
+finishes what it is answering. On `--report` it says what it loads and when it is done. Never imports mlflow or
+deltalake.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import ctypes
 import gc
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
@@ -29,7 +32,6 @@ import psutil
 import uvicorn
 import uvloop
 
-from noria.runtime import Providers
 from serving import generation, state, tracing
 from serving.app import App
 from serving.capture import Log
@@ -60,7 +62,7 @@ class Parent:
 
     def __init__(self, report: int) -> None:
         self._report = report
-        self._go = threading.Event()
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._end: Callable[[], None] = lambda: os._exit(1)
         _die_with_parent(signal.SIGKILL)  # loading holds the interpreter, so that a thread may not see the pipe end
         threading.Thread(target=self._listen, daemon=True).start()
@@ -69,15 +71,21 @@ class Parent:
         """Report something, as one line of JSON."""
         os.write(self._report, orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE))
 
-    def wait(self, end: Callable[[], None]) -> None:
-        """Return when it says `go`. From then on `end` is called when it is gone."""
-        self._go.wait()
+    def hear(self) -> str:
+        """The next line that it says; waits for it."""
+        return self._lines.get()
+
+    def part(self, end: Callable[[], None]) -> None:
+        """From now on this process outlives it; `end` is called when it is gone."""
         self._end = end
         _die_with_parent(0)
 
     def _listen(self) -> None:
-        while os.read(0, 1024):  # not sys.stdin: its lock would be held at exit
-            self._go.set()
+        heard = b""
+        while part := os.read(0, 65536):  # not sys.stdin: its lock would be held at exit
+            *lines, heard = (heard + part).split(b"\n")
+            for line in lines:
+                self._lines.put(line.decode())
         self._end()
         time.sleep(GRACE_SECONDS + 1)
         os._exit(1)
@@ -162,9 +170,8 @@ async def _repeat(step: Callable[[], object], seconds: float) -> None:
             logger.exception("%s failed", step.__qualname__)
 
 
-def load(parent: Parent, path: Path, providers: Providers) -> Engine:
-    """The engine with everything that the generation names; says so, or why not, to the parent and ends."""
-    engine = Engine(providers)
+def load(parent: Parent, engine: Engine, path: Path) -> None:
+    """Fill the engine with everything that a generation names, and say so; or say why not, and end."""
     try:
         engine.load(generation.read(path), lambda workload, version: parent.tell(loading=workload, version=version))
     except Unloadable as error:
@@ -172,20 +179,13 @@ def load(parent: Parent, path: Path, providers: Providers) -> Engine:
         sys.exit(FAILED)
     gc.collect()
     gc.freeze()
-    process = psutil.Process()
-    seconds = time.time() - process.create_time()
-    parent.tell(seconds=seconds, memory_mb=process.memory_info().rss // 2**20)
-    return engine
+    parent.tell(loaded=True, memory_mb=psutil.Process().memory_info().rss // 2**20)
 
 
 def build(engine: Engine, config: Config, folder: Path, source: str, number: int) -> Service:
-    """What answers, over an engine that is loaded. `source` names this process's life, `number` its ids."""
-    metrics = Metrics(folder / "metrics", source)
-    for model in engine.models.values():
-        metrics.loaded(model.workload, model.version, model.provider)
-    return Service(
-        engine, Log(folder / "log", source), metrics, Ids(read_key(folder), number), config, tracing.start(source)
-    )
+    """What answers, over an engine. `source` names this process's life, `number` its ids."""
+    log, ids = Log(folder / "log", source), Ids(read_key(folder), number)
+    return Service(engine, log, Metrics(folder / "metrics", source), ids, config, tracing.start(source))
 
 
 def main() -> None:
@@ -194,17 +194,22 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     parent = Parent(given.report)
-    engine = load(parent, given.generation, given.providers)
+    engine = Engine(given.providers)
     service = build(engine, Config.from_json(given.config), given.folder, given.source, given.number)
     config = uvicorn.Config(
         App(service), http=protocol(service), ws="none", lifespan="off", access_log=False,
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
+    config.load()
     server = Server(config, lambda: parent.tell(accepting=True))
+    load(parent, engine, Path(parent.hear()))
+    for model in engine.models.values():
+        service.metrics.loaded(model.workload, model.version, model.provider)
     # Also for uvicorn, which raises the signal that ended it once more: the log must still be handed over then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    parent.wait(lambda: setattr(server, "should_exit", True))
+    parent.hear()
+    parent.part(lambda: setattr(server, "should_exit", True))
     engine.follow(given.folder)
     listener = socket.socket(fileno=given.socket)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -216,7 +221,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the listening socket")
     parser.add_argument("--report", type=int, required=True, help="descriptor of the pipe to the parent")
     parser.add_argument("--folder", type=Path, required=True, help="the server's state")
-    parser.add_argument("--generation", type=Path, required=True, help="the file that says what to load")
     parser.add_argument("--source", required=True, help="this worker's name in the prediction log")
     parser.add_argument("--number", type=int, required=True, help="makes its prediction ids unlike those of others")
     parser.add_argument("--config", required=True, help="how it answers, as JSON (`serving.config`)")

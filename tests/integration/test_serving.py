@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import onnx
 import orjson
 import psutil
 import pytest
+from onnx import TensorProto, helper
 
 from noria.lake import Lake
 from noria.records import Window
@@ -83,8 +85,8 @@ class Mlflow:
 class Server:
     """`noria serve` in a process."""
 
-    def __init__(self, home, mlflow_url):
-        self.home, self.mlflow_url, self.port = home, mlflow_url, free_port()
+    def __init__(self, home, mlflow_url, **settings):
+        self.home, self.mlflow_url, self.port, self.settings = home, mlflow_url, free_port(), settings
         self.url = f"http://127.0.0.1:{self.port}"
         self.process = None
 
@@ -92,7 +94,7 @@ class Server:
         command = [sys.executable, "-c", MAIN, str(self.home), str(self.port), self.mlflow_url]
         self.home.mkdir(parents=True, exist_ok=True)
         with (self.home / "serving.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **self.settings})
         ready = f"{self.url}/v2/health/ready"
         return wait(lambda: httpx.get(ready).status_code == 200, 60, f"the server: {self.log()[-3000:]}")
 
@@ -109,8 +111,9 @@ class Server:
         (worker,) = self.workers()
         return worker
 
-    def workers(self):
-        return psutil.Process(self.process.pid).children()
+    def workers(self, phase="accepting"):
+        described = orjson.loads((self.home / "serving" / "workers.json").read_bytes())
+        return [psutil.Process(worker["pid"]) for worker in described if worker["phase"] == phase]
 
     def log(self):
         return (self.home / "serving.log").read_text()
@@ -197,7 +200,8 @@ def registered(store, make_contents, trips_graph, trips_schema, trips):
 
 @pytest.fixture(scope="module")
 def running(registered, mlflow, tmp_path_factory):
-    made = Server(tmp_path_factory.mktemp("serving") / "home", mlflow.url)
+    limits = {"NORIA_LOAD_SECONDS": "8", "NORIA_LOAD_MEMORY_MB": "600"}
+    made = Server(tmp_path_factory.mktemp("serving") / "home", mlflow.url, **limits)
     yield made
     made.stop()
 
@@ -368,3 +372,177 @@ def test_a_large_body_gets_its_answer(server):
     assert reply.status_code == 413
     reply = httpx.post(f"{server.url}/predict/trips", json=[RECORD])
     assert reply.status_code == 200
+
+
+def bad(graph, *nodes):
+    """The trips graph whose score waits for what `nodes` compute: `burden`, a float scalar that is finite."""
+    model = onnx.load_from_string(graph)
+    (last,) = (node for node in model.graph.node if node.output[0] == "score")
+    last.output[0] = "clean"
+    more = [
+        *nodes,
+        helper.make_node("Mul", ["burden", "nothing"], ["weightless"]),
+        helper.make_node("Add", ["clean", "weightless"], ["score"]),
+    ]
+    model.graph.node.extend(more)
+    model.graph.initializer.append(helper.make_tensor("nothing", TensorProto.FLOAT, [], [0.0]))
+    return model.SerializeToString()
+
+
+def constant(name, kind, values):
+    shape = [len(values)] if isinstance(values, list) else []
+    flat = values if isinstance(values, list) else [values]
+    return helper.make_node("Constant", [], [name], value=helper.make_tensor(name, kind, shape, flat))
+
+
+def endless():
+    """Counts to 10^15."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes"], ["goes_on"]),
+            helper.make_node("Add", ["count", "step"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("count", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+        [helper.make_tensor("step", TensorProto.FLOAT, [], [0.0])],
+    )
+    return (
+        constant("turns", TensorProto.INT64, 10**15),
+        constant("start", TensorProto.FLOAT, 0.0),
+        helper.make_node("Loop", ["turns", "", "start"], ["burden"], body=body),
+    )
+
+
+def hungry():
+    """Two gigabytes of zeros."""
+    return (
+        constant("shape", TensorProto.INT64, [500_000_000]),
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["burden"], keepdims=0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "signal_number", "reason"),
+    [
+        (endless(), None, "was not loaded within 8 s (NORIA_LOAD_SECONDS)"),
+        (hungry(), None, "600 MB are allowed (NORIA_LOAD_MEMORY_MB)"),
+        (endless(), signal.SIGKILL, "was ended by SIGKILL while it loaded version"),
+        (endless(), signal.SIGSEGV, "was ended by SIGSEGV while it loaded version"),
+    ],
+    ids=["hangs", "eats memory", "is killed", "crashes"],
+)
+def test_a_version_that_does_harm_while_it_loads_meets_no_request(
+    server, registered, make_contents, trips_graph, nodes, signal_number, reason
+):
+    with registered.run("trips", "harmful") as run:
+        harmful = registered.register(run, make_contents(model=bad(trips_graph, *nodes)))
+    before = server.worker().pid
+    with Load(server.url, clients=2) as load:
+        registered.move("trips", "champion", harmful.number)
+        if signal_number:
+            wait(lambda: [one for one in server.workers("loading") if one.cpu_times().user > 0.5], 20, "it loads")
+            for worker in server.workers("loading"):
+                worker.send_signal(signal_number)
+        wait(lambda: "noria.serving" in registered.get("trips", harmful.number).tags, 30, server.log()[-3000:])
+        load.wait_for(20)
+    assert load.failures == []
+    assert {version for _, version, _ in load.answers} == {1}
+    tag = registered.get("trips", harmful.number).tags["noria.serving"]
+    assert tag.startswith("failed: ")
+    assert reason in tag
+    assert server.worker().pid == before, "the worker that answers is another one"
+    assert server.status()["failure"]["version"] == harmful.number
+    assert server.log().count(f"trips version {harmful.number} failed") == 1
+    registered.move("trips", "champion", 2)
+    wait(lambda: server.version() == 2, 10, "the next version")
+
+
+def test_swaps_under_load_fail_no_request_and_give_memory_back(server, registered):
+    swaps = int(os.environ.get("SWAPS", "5"))
+    with Load(server.url, clients=2) as load:
+        load.wait_for(200)
+        before, seen = server.worker().memory_info().rss, {server.worker().pid}
+        for number in range(swaps):
+            wanted = 2 - number % 2
+            registered.move("trips", "champion", wanted)
+            wait(lambda wanted=wanted: load.answers[-1][1] == wanted, 15, server.log()[-3000:])
+            load.wait_for(20)
+            seen |= {worker.pid for worker in server.workers()}
+        load.wait_for(200)
+    assert load.failures == []
+    wait(lambda: not server.workers("leaving"), 15, "the old workers end")
+    assert len(seen) >= swaps + 1, "a swap without a new process"
+    assert [pid for pid in seen if psutil.pid_exists(pid)] == [server.worker().pid]
+    after = server.worker().memory_info().rss
+    sys.stdout.write(
+        f"{swaps} swaps, {len(load.answers)} answers, {before / 2**20:.0f} MB before, {after / 2**20:.0f} MB after\n"
+    )
+    assert after <= 1.05 * before
+
+
+def test_of_two_workers_one_may_die(server, registered, mlflow, tmp_path):
+    both = Server(tmp_path / "home", mlflow.url, NORIA_WORKERS="2")
+    both.start()
+    try:
+        wait(lambda: both.version() == 1 and len(both.workers()) == 2, 20, both.log()[-3000:])
+        first, second = both.workers()
+        with Load(both.url) as load:
+            load.wait_for(100)
+            first.kill()
+            wait(lambda: len(both.workers()) == 2 and first not in both.workers(), 20, both.log()[-3000:])
+            load.wait_for(200)
+        assert second in both.workers()
+        assert len(load.failures) <= 4, load.failures  # what the killed one had in flight
+        registered.move("trips", "champion", 2)
+        wait(lambda: both.version() == 2, 10)
+        wait(lambda: not both.workers("leaving"), 15)
+        replies = [httpx.post(f"{both.url}/predict/trips", json=[RECORD]).json()["version"] for _ in range(50)]
+        assert set(replies) == {2}
+        assert both.process.poll() is None
+    finally:
+        both.stop()
+
+
+def test_one_workload_that_hangs_does_not_hold_up_another(server, registered, make_contents, trips_graph):
+    facts = make_contents().facts
+    other = replace(facts, name="buses")
+    with registered.run("buses", "hangs") as run:
+        registered.register(run, make_contents(model=bad(trips_graph, *endless()), facts=other))
+    registered.move("buses", "champion", 1)
+    wait(lambda: server.workers("loading"), 10)
+    registered.move("trips", "champion", 2)
+    took = wait(lambda: server.version() == 2, 20)
+    assert took < 7, "it waited for the one that hangs"
+    wait(lambda: "noria.serving" in registered.get("buses", 1).tags, 40, server.log()[-3000:])
+    assert "was not loaded within" in registered.get("buses", 1).tags["noria.serving"]
+    assert server.version() == 2
+    assert httpx.get(f"{server.url}/v2/health/ready").status_code == 200
+    registered.drop("buses", "champion")
+
+
+def test_bundles_that_nobody_names_go_from_the_disk(server, registered, make_contents):
+    kept = server.home / "bundles" / "trips"
+    old = time.time() - 3600
+    for number in range(1, 3):
+        os.utime(kept / str(number), (old, old))
+    newest = []
+    for _ in range(3):
+        with registered.run("trips", "more") as run:
+            newest.append(registered.register(run, make_contents()).number)
+        registered.move("trips", "champion", newest[-1])
+        wait(lambda: server.version() == newest[-1], 15)
+        os.utime(kept / str(newest[-1]), (old, old))
+    registered.move("trips", "champion", 1)
+    wait(lambda: server.version() == 1, 15)
+    wait(lambda: not (kept / str(newest[0])).exists(), 10, sorted(kept.iterdir()))
+    left = {int(path.name) for path in kept.iterdir() if path.name.isdigit()}
+    assert {1, *newest[1:]} <= left

@@ -1,0 +1,232 @@
+"""A folder of plain models, NAME/VERSION/model.onnx, from which the highest version that loads is served.
+
+One `step` is one look. A new folder is asked for when its file has stopped growing, a removed one is served no more,
+and a version that does not load is tried again, later each time. Operators may unload a model, and load it again.
+Not here: loading (`serving.model`), aliases (`serving.reconcile`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from serving import orders, state
+from serving.orders import Order
+from serving.state import Desired, State
+
+LOOK_SECONDS = 0.5
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
+TRIES = 8
+"""Of a file that does not load and does not change."""
+SETTLED_SECONDS = 2.0
+"""At the start a file that was not written for so long is whole."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+Mark = tuple[int, int]
+"""Size and time of a file: another one means that it was written."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Fault:
+    """A version that did not load."""
+
+    mark: Mark
+    reason: str
+    tries: int
+    until: float
+    """When it is tried again."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A version of the repository, as operators see it."""
+
+    name: str
+    version: int
+    ready: bool
+    reason: str = ""
+
+
+def index(folder: Path) -> list[Listed]:
+    """The repository's versions, as the parent of the server in `folder` saw them last."""
+    try:
+        return [Listed(**entry) for entry in json.loads((folder / "repository.json").read_bytes())]
+    except FileNotFoundError:
+        return []
+
+
+class Repository:
+    """Follows a model repository; keeps its desired files right. Used by one thread."""
+
+    def __init__(self, source: Path | None, folder: Path) -> None:
+        """`source` None: there is no repository, and what one asked for earlier is forgotten."""
+        self.source, self.folder = source, folder
+        self.desired_folder = folder / "desired"
+        self._seen: dict[tuple[str, int], Mark] = {}
+        self._faults: dict[tuple[str, int], Fault] = {}
+        self._unloaded: set[str] = set()
+        self._heard: set[str] = set()
+        """Keys of the orders that were acted on."""
+        self._said: set[str] = set()
+        self._listed: list[Listed] | None = None
+        self._settled_before = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+        orders.clear(folder)
+
+    def step(self) -> None:
+        """Look once, and act on what has changed and on the orders that wait."""
+        waiting = orders.waiting(self.folder)
+        found = self._scan()
+        if found is None:
+            return
+        for order in waiting:
+            if order.key not in self._heard:
+                self._hear(order)
+        desired = state.read(self.desired_folder, Desired)
+        failures = state.read(self.folder / "failed", State)
+        for name, versions in found.items():
+            self._follow(name, versions, desired.get(name), failures.get(name))
+        for name, entry in desired.items():
+            if entry.plain and (name not in found or name in self._unloaded):
+                state.remove(self.desired_folder, name)
+        self._seen = {(name, number): mark for name, versions in found.items() for number, mark in versions.items()}
+        self._list(found)
+        for order in waiting:
+            self._answer(order, found)
+
+    def _scan(self) -> dict[str, dict[int, Mark]] | None:
+        """By name and version the model files that are there; None: the folder cannot be read now."""
+        if self.source is None:
+            return {}
+        found: dict[str, dict[int, Mark]] = {}
+        try:
+            for path in self.source.iterdir():
+                if path.is_dir() and NAME.fullmatch(path.name):
+                    found[path.name] = _versions(path)
+        except OSError as error:
+            self._say(f"The model repository {self.source} cannot be read ({error.strerror or error}); what was "
+                      "loaded goes on answering.")  # fmt: skip
+            return None
+        return {name: versions for name, versions in found.items() if versions}
+
+    def _follow(self, name: str, versions: Mapping[int, Mark], desired: Desired | None, failed: State | None) -> None:
+        if desired is not None and not desired.plain:
+            self._say(f"{name} is a registered workload and a folder of the model repository. The workload is served; "
+                      "rename the folder to serve the model.")  # fmt: skip
+            return
+        if desired is not None and failed is not None and failed.asked == desired.asked:
+            self._fault(name, failed, versions)
+        usable = [number for number in sorted(versions, reverse=True) if self._usable(name, number, versions[number])]
+        if name in self._unloaded:
+            return
+        if not usable:
+            if desired is not None and failed is not None and failed.asked == desired.asked:
+                state.remove(self.desired_folder, name)
+            return
+        asked = self._asked(name, usable[0], versions[usable[0]])
+        if desired is None or desired.asked != asked:
+            back = usable[1] if len(usable) > 1 else None
+            state.write(self.desired_folder, Desired(
+                name, usable[0], self._folder(name, usable[0]), asked, fallback_version=back,
+                fallback_folder=self._folder(name, back) if back is not None else "", plain=True,
+            ))  # fmt: skip
+
+    def _usable(self, name: str, number: int, mark: Mark) -> bool:
+        """Whether the file is whole, as far as one can see, and not known not to load."""
+        fault = self._faults.get((name, number))
+        if fault is not None and fault.mark == mark and time.monotonic() < fault.until:
+            return False
+        return self._seen.get((name, number)) == mark or mark[1] < self._settled_before
+
+    def _fault(self, name: str, failed: State, versions: Mapping[int, Mark]) -> None:
+        key, mark = (name, failed.version), versions.get(failed.version)
+        before = self._faults.get(key)
+        if mark is None or failed.asked != self._asked(name, failed.version, mark):
+            return  # the file was written anew since
+        tries = before.tries + 1 if before is not None and before.mark == mark else 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tries - 1)) if tries < TRIES else math.inf
+        self._faults[key] = Fault(mark, failed.reason, tries, time.monotonic() + pause)
+        then = f"in {pause:.0f} s" if tries < TRIES else "when it is written anew"
+        logger.error("%s %s/%d/model.onnx is tried again %s.", failed.reason, name, failed.version, then)
+
+    def _asked(self, name: str, number: int, mark: Mark) -> str:
+        """Names a request for a file as it is now; another one for each try."""
+        fault = self._faults.get((name, number))
+        tries = fault.tries if fault is not None and fault.mark == mark else 0
+        return f"{number}-{mark[0]}-{mark[1]}-{tries}"
+
+    def _folder(self, name: str, number: int) -> str:
+        return str((self.source or Path()).absolute() / name / str(number))
+
+    def _list(self, found: Mapping[str, Mapping[int, Mark]]) -> None:
+        states = state.read(self.folder / "state", State)
+        listed = []
+        for name, versions in sorted(found.items()):
+            for number in sorted(versions):
+                reached, fault = states.get(name), self._faults.get((name, number))
+                ready = reached is not None and reached.version == number and name not in self._unloaded
+                reason = "unloaded" if name in self._unloaded else fault.reason if fault is not None else ""
+                listed.append(Listed(name, number, ready, "" if ready else reason))
+        if listed != self._listed and self.source is not None:
+            state.write_file(self.folder / "repository.json", [asdict(entry) for entry in listed])
+        self._listed = listed
+
+    # Orders
+
+    def _hear(self, order: Order) -> None:
+        self._heard.add(order.key)
+        if not order.load:
+            self._unloaded.add(order.name)
+            return
+        self._unloaded.discard(order.name)
+        for key, fault in self._faults.items():
+            if key[0] == order.name:
+                fault.until = 0.0
+
+    def _answer(self, order: Order, found: Mapping[str, object]) -> None:
+        """Say what came of an order, when that is known."""
+        desired = state.read(self.desired_folder, Desired).get(order.name)
+        reached = state.read(self.folder / "state", State).get(order.name)
+        failed = state.read(self.folder / "failed", State).get(order.name)
+        reason = None
+        if order.name not in found or (desired is not None and not desired.plain):
+            self._unloaded.discard(order.name)
+            reason = f"There is no model '{order.name}' in the repository of this server."
+        elif not order.load:
+            reason = "" if reached is None and self._calm() else None
+        elif desired is not None and reached is not None and reached.asked == desired.asked:
+            reason = "" if self._calm() else None
+        elif failed is not None and (desired is None or failed.asked == desired.asked):
+            reason = failed.reason
+        if reason is not None:
+            orders.answer(self.folder, order.key, reason)
+
+    def _calm(self) -> bool:
+        """Whether all workers that accept serve the same."""
+        workers = json.loads((self.folder / "workers.json").read_bytes())
+        known = {(worker["phase"], worker["generation"]) for worker in workers if worker["phase"] != "leaving"}
+        return len(known) == 1 and {phase for phase, _ in known} == {"accepting"}
+
+    def _say(self, sentence: str) -> None:
+        """Log an error once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.error("%s", sentence)
+
+
+def _versions(path: Path) -> dict[int, Mark]:
+    found = {}
+    for folder in path.iterdir():
+        if folder.name.isascii() and folder.name.isdigit() and str(int(folder.name)) == folder.name:
+            try:
+                status = (folder / "model.onnx").stat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            found[int(folder.name)] = (status.st_size, status.st_mtime_ns)
+    return found

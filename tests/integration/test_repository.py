@@ -1,0 +1,199 @@
+"""A model repository: plain models deploy themselves from a folder, without MLflow."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import onnx
+import orjson
+import psutil
+import pytest
+from onnx import TensorProto, helper
+
+from serving import orders
+from serving.repository import index
+
+
+def plain(add=1.0, width=4):
+    """y = x + add, for rows of `width` numbers."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "add"], ["y"])],
+        "plain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])],
+        [helper.make_tensor("add", TensorProto.FLOAT, [], [add])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def put(repository, name, version, content=None):
+    """As a careful person does it: written elsewhere, then renamed."""
+    folder = repository / name / str(version)
+    aside = repository.parent / f"aside-{name}-{version}"
+    aside.mkdir(parents=True)
+    (aside / "model.onnx").write_bytes(plain(version) if content is None else content)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(folder)
+    return time.monotonic()
+
+
+class Server:
+    """`noria serve --repository` in a process, as a person starts it."""
+
+    def __init__(self, folder):
+        self.home, self.repository = folder / "home", folder / "models"
+        self.repository.mkdir(parents=True)
+        self.state = self.home / "serving"
+
+    def start(self, port):
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "flows.cli", "serve", "--port", str(port), "--repository", "models"]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("NORIA_")}
+        self.home.mkdir(exist_ok=True)
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.repository.parent, env={**clean, "NORIA_HOME": str(self.home)}
+            )
+        self.wait(lambda: httpx.get(f"{self.url}/v2/health/live").status_code == 200, 60)
+
+    def stop(self):
+        self.process.terminate()
+        assert self.process.wait(60) == 0
+
+    def log(self):
+        return (self.home / "log").read_text()
+
+    def ready(self, name):
+        return httpx.get(f"{self.url}/v2/models/{name}/ready").status_code == 200
+
+    def version(self, name):
+        return httpx.get(f"{self.url}/status").json()["workloads"].get(name, {}).get("version")
+
+    def wait(self, condition, seconds=15.0):
+        began = time.monotonic()
+        while True:
+            try:
+                if condition():
+                    return time.monotonic()
+            except httpx.HTTPError:
+                pass
+            assert time.monotonic() - began < seconds, self.log()[-3000:]
+            time.sleep(0.05)
+
+    def processes(self):
+        workers = orjson.loads((self.state / "workers.json").read_bytes())
+        return [psutil.Process(worker["pid"]) for worker in workers if worker["phase"] == "accepting"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    found = Server(tmp_path_factory.mktemp("repository"))
+    put(found.repository, "first", 1)
+    found.start(_free_port())
+    yield found
+    found.stop()
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_what_lies_there_at_the_start_is_served(server):
+    server.wait(lambda: server.version("first") == 1)
+    assert server.ready("first")
+
+
+def test_a_new_folder_deploys_itself_within_three_seconds_and_a_removed_one_stops(server):
+    server.wait(lambda: server.version("first") == 1)
+    server.wait(lambda: _spare(server))
+    began = put(server.repository, "second", 3)
+    assert server.wait(lambda: server.ready("second")) - began < 3.0
+    began = put(server.repository, "second", 10)
+    assert server.wait(lambda: server.version("second") == 10) - began < 3.0, "10 is higher than 3"
+    shutil.rmtree(server.repository / "second" / "10")
+    server.wait(lambda: server.version("second") == 3)
+    shutil.rmtree(server.repository / "second")
+    server.wait(lambda: httpx.get(f"{server.url}/v2/models/second/ready").status_code == 404)
+    assert server.ready("first")
+
+
+def _spare(server):
+    return len(psutil.Process(server.process.pid).children()) == 2
+
+
+def test_a_file_that_is_still_copied_waits_and_one_that_does_not_load_is_retried(server):
+    put(server.repository, "slow", 1)
+    server.wait(lambda: server.version("slow") == 1)
+    whole, folder = plain(2.0), server.repository / "slow" / "2"
+    folder.mkdir()
+    with (folder / "model.onnx").open("wb", buffering=0) as file:
+        for place in range(0, len(whole), 8):
+            file.write(whole[place : place + 8])
+            time.sleep(0.05)
+    server.wait(lambda: server.version("slow") == 2)
+    assert "slow cannot be loaded" not in server.log(), "half a file was loaded"
+    put(server.repository, "slow", 3, b"no model")
+    server.wait(lambda: "Version 3 of slow cannot be loaded" in server.log())
+    server.wait(lambda: "slow/3/model.onnx is tried again in 2 s." in server.log())
+    server.wait(lambda: "slow/3/model.onnx is tried again in 4 s." in server.log())
+    assert server.version("slow") == 2
+    listed = {(one.name, one.version): one for one in index(server.state)}
+    assert listed["slow", 2].ready
+    assert "not an ONNX model" in listed["slow", 3].reason
+    (server.repository / "slow" / "3" / "model.onnx").write_bytes(plain(3.0))
+    server.wait(lambda: server.version("slow") == 3)
+
+
+def test_operators_unload_and_load(server):
+    put(server.repository, "third", 1)
+    server.wait(lambda: server.ready("third"))
+    assert orders.wait(server.state, orders.order(server.state, "third", load=False), 20) == orders.Outcome(True)
+    server.wait(lambda: httpx.get(f"{server.url}/v2/models/third/ready").status_code == 404, 2)
+    assert {one.reason for one in index(server.state) if one.name == "third"} == {"unloaded"}
+    assert orders.wait(server.state, orders.order(server.state, "third", load=True), 20).done
+    server.wait(lambda: server.ready("third"), 2)
+    refused = orders.wait(server.state, orders.order(server.state, "nothing", load=True), 20)
+    assert (refused.done, "no model 'nothing'" in refused.reason) == (False, True)
+    put(server.repository, "broken", 1, b"no model")
+    server.wait(lambda: "Version 1 of broken cannot be loaded" in server.log())
+    refused = orders.wait(server.state, orders.order(server.state, "broken", load=True), 20)
+    assert (refused.done, "not an ONNX model" in refused.reason) == (False, True)
+    assert not list((server.state / "orders").iterdir())
+    shutil.rmtree(server.repository / "broken")
+
+
+def test_a_restart_serves_the_same_and_forgets_what_is_gone(server):
+    put(server.repository, "gone", 1)
+    server.wait(lambda: server.ready("gone"))
+    kept = {name: server.version(name) for name in ("first", "slow")}
+    server.stop()
+    shutil.rmtree(server.repository / "gone")
+    (server.repository / "first" / "1" / "model.onnx").write_bytes(b"damaged")
+    server.start(int(server.url.rsplit(":", 1)[1]))
+    server.wait(lambda: server.version("slow") == kept["slow"])
+    assert not server.ready("gone")
+    assert not server.ready("first")
+    assert not (server.state / "desired" / "gone.json").exists()
+    (server.repository / "first" / "1" / "model.onnx").write_bytes(plain())
+    server.wait(lambda: server.ready("first"), 20)
+
+
+def test_a_server_needs_a_registry_or_a_repository(tmp_path):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("NORIA_")}
+    command = [str(Path(sys.executable).with_name("noria")), "serve", "--port", str(_free_port())]
+    ended = subprocess.run(
+        command, env={**clean, "NORIA_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    assert "NORIA_MLFLOW_URI" in ended.stderr
