@@ -39,7 +39,8 @@ def site(tmp_path):
 def test_what_a_person_reads(site):
     assert line(site, SHADOWING) == (
         "Challenger: version 2 shadows 25% of the traffic since 2020-03-15 08:30: 12,345 rows, "
-        "the same action in 97.5%, scores 0.123 apart on average; 7 rows it could not answer (last: It has no finite score for some rows.), "
+        "the same action in 97.5%, scores 0.123 apart on average; "
+        "7 rows it could not answer (last: It has no finite score for some rows.), "
         "1,000 dropped · its process ended 2 × by itself · noria shadow trips"
     )
     assert "failed: It is broken." in line(site, Status(3, 0.0, "failed", "failed: It is broken."))
