@@ -99,7 +99,11 @@ class Shadowing:
         if time.monotonic() < self._retry_at.get(workload, 0.0):
             return
         try:
-            bundle = self.store.fetch(self.store.get(workload, number), self.bundles)
+            version = self.store.get(workload, number)
+            if not any(name.startswith("noria.") for name in version.tags):
+                self._retry_at[workload] = time.monotonic() + RETRY_SECONDS
+                return  # somebody else's model in the same registry
+            bundle = self.store.fetch(version, self.bundles)
         except BundleError as error:
             self._failed[workload] = number, str(error)
             return

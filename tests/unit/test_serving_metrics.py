@@ -63,6 +63,19 @@ def test_a_batch_counts_each_of_its_requests():
     assert value("noria_model_run_duration_seconds_sum", version="3", **taxi) == 0.0004
 
 
+def test_one_request_alone_counts_as_it_does_among_others():
+    alone, together = Metrics(), Metrics()
+    seconds = [0.0002, 0.003, 0.4]
+    for taken in seconds:
+        alone.batch("taxi", 3, ["infer"], [taken], [taken / 2], rows=1, run=0.001)
+    together.batch("taxi", 3, ["infer"] * 3, seconds, [taken / 2 for taken in seconds], rows=3, run=0.001)
+    for name in ("noria_request_duration_seconds", "noria_queue_duration_seconds", "noria_requests_total"):
+        found, expected = (metrics.numbers()[name] for metrics in (alone, together))
+        assert {key: pytest.approx(values) for key, values in expected.items()} == found
+    assert read(alone, "noria_request_duration_seconds_sum") == pytest.approx(0.4032)
+    assert read(alone, "noria_rows_total") == read(together, "noria_rows_total") == 3
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64, 65, MOST - 1, MOST, MOST + 1])
 def test_a_number_of_rows_is_in_the_bucket_that_its_bound_says(rows):
     metrics = Metrics()

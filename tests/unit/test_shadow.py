@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import onnx
 import orjson
 import pytest
+from onnx import TensorProto, helper
 
 from noria.lake import Lake
 from noria.records import Window
@@ -312,6 +315,44 @@ def test_a_bundle_that_is_damaged_is_refused_once_and_another_ask_tries_again(ho
     home.ask(bundle, asked="c")
     shadow.step()
     assert home.reached().status == "shadowing"
+
+
+def test_it_has_a_memory_limit_of_its_own_and_comes_last(tmp_path, make_contents, trips_schema, trips):
+    """A graph that needs 1.2 MB a row: fine for one request, too much for the largest batch."""
+    number = TensorProto.FLOAT
+    nodes = [
+        helper.make_node("IsNaN", ["distance"], ["absent"]),
+        helper.make_node("Where", ["absent", "zero", "distance"], ["miles"]),
+        helper.make_node("Unsqueeze", ["miles", "last"], ["column"]),
+        helper.make_node("Expand", ["column", "wide"], ["much"]),
+        helper.make_node("ReduceMean", ["much", "last"], ["score"], keepdims=0),
+    ]
+    kinds = {"distance": number, "zone": TensorProto.INT64, "vendor": TensorProto.STRING, "pickup": TensorProto.INT64}
+    graph = helper.make_graph(
+        nodes,
+        "greedy",
+        [helper.make_tensor_value_info(name, kind, ["n"]) for name, kind in kinds.items()],
+        [helper.make_tensor_value_info("score", number, ["n"])],
+        [
+            helper.make_tensor("zero", number, [], [0.0]),
+            helper.make_tensor("last", TensorProto.INT64, [1], [1]),
+            helper.make_tensor("wide", TensorProto.INT64, [2], [1, 300_000]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    write(tmp_path / "greedy", make_contents(model=model, proof=Proof.make(model, trips_schema, trips.slice(0, 16))))
+    code = (
+        "import os, sys; from pathlib import Path; from serving import shadow; from serving.model import load\n"
+        "shadow.MOST_MEMORY = 2**30; shadow.yield_to_all()\n"
+        "print(os.nice(0), Path('/proc/self/oom_score_adj').read_text().strip(), flush=True)\n"
+        "load('trips', 2, Path(sys.argv[1]), 'cpu')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "greedy")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.stdout.split() == ["19", "1000"]
+    assert "Version 2 of trips cannot be loaded" in ended.stderr
+    assert "llocat" in ended.stderr, ended.stderr
 
 
 def test_a_file_that_is_half_there_or_of_another_kind_is_passed_over(tmp_path: Path):
