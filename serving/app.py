@@ -16,6 +16,7 @@ from typing import Any
 
 from serving import openapi, pages
 from serving.limits import Limits
+from serving.operate import is_operation, operate
 from serving.routes import hot, is_version
 from serving.service import WANTED, Request, Service, too_large
 from serving.tensors import metadata
@@ -75,12 +76,17 @@ class App:
         path, method = scope["path"], scope["method"]
         headers = {name: value for name, value in scope["headers"] if name in WANTED}
         client = scope.get("client") or ("",)
-        refusal = self.service.admit(method, path, headers, client[0])
-        if refusal is not None:
-            raise refusal
+        key = self.service.admit(method, path, headers, client[0])
         route = hot(path)
         if path == "/metrics" and method in ("GET", "HEAD"):
             return await asyncio.to_thread(self._metrics, headers.get(b"accept", b"").decode("latin-1"))
+        if route is None and is_operation(parts := path.split("/")):
+            if method != "POST":
+                raise _wrong_method(method, path, "POST")
+            answer = await operate(self.service, parts)
+            if self.service.guard is not None:
+                self.service.guard.audit.acted(path, key, client[0])
+            return answer
         if route is None:
             return self._page(path, method)
         if method != "POST":

@@ -90,6 +90,9 @@ class Recorder(Protocol):
     def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
         """Count what was answered, and by which runs. Called in the loop."""
 
+    def refused(self, call: Call, reason: str) -> None:
+        """Count a request that never came to a batch."""
+
 
 def execute(model: Model, calls: Sequence[Call], recorder: Recorder, *, together: bool = True) -> list[Run]:
     """Give every call its answer; returns the runs that it took. Never raises. `together`: requests may share a

@@ -74,6 +74,7 @@ class Batcher:
             lane = self.lanes[call.workload] = Lane(call.workload)
         if len(lane.queue) >= self.most_waiting:
             sentence = f"{call.workload} has {self.most_waiting} requests waiting; try again in a second."
+            self.recorder.refused(call, "queue_full")
             call.reply(refused(Refusal(503, sentence, RETRY)))
             return
         lane.queue.append(call)

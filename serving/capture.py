@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Segment:
     descriptor: int
     rows: int = 0
     size: int = 0
+    began: float = field(default_factory=time.time)
     dirty: bool = False
     """Holds rows that were not synced."""
     versions: set[int] = field(default_factory=set)
@@ -107,6 +109,11 @@ class Log:
         with self._lock:
             for workload in list(self._segments):
                 self._hand_over(workload)
+
+    def writing(self) -> dict[str, tuple[int, int, float]]:
+        """Rows, segments and the oldest one's beginning (seconds since 1970) of what this process has open."""
+        with self._lock:
+            return {workload: (one.rows, 1, one.began) for workload, one in self._segments.items() if one.rows}
 
     def pending(self) -> dict[str, tuple[int, int]]:
         """Rows and segments by workload that are not in the lake yet, whoever wrote them."""

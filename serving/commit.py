@@ -5,6 +5,7 @@ the next. Belongs to one event loop. Not here: what is written (`serving.capture
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,8 +15,9 @@ from serving.capture import Log
 class GroupCommit:
     """Syncs the log while somebody waits for it."""
 
-    def __init__(self, log: Log) -> None:
-        self.log = log
+    def __init__(self, log: Log, synced: Callable[[float], None]) -> None:
+        """`synced` is told how many seconds each sync took."""
+        self.log, self.synced = log, synced
         self._waiting: list[Callable[[], None]] = []
         self._busy = False
         self._thread = ThreadPoolExecutor(1, "sync")
@@ -29,8 +31,13 @@ class GroupCommit:
     def _start(self) -> None:
         self._busy = True
         released, self._waiting = self._waiting, []
-        done = asyncio.get_running_loop().run_in_executor(self._thread, self.log.sync)
+        done = asyncio.get_running_loop().run_in_executor(self._thread, self._sync)
         done.add_done_callback(lambda _: self._finish(released))
+
+    def _sync(self) -> None:
+        began = time.perf_counter()
+        self.log.sync()
+        self.synced(time.perf_counter() - began)
 
     def _finish(self, released: list[Callable[[], None]]) -> None:
         self._busy = False

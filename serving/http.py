@@ -9,12 +9,14 @@ idle connections, and their number. Not here: what an answer is (`serving.servic
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
+import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.routes import Hot, hot_url
+from serving.audit import Access, AccessLog
+from serving.exchange import Exchange, Heads
+from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import Answer, Refusal, refused
 
@@ -26,38 +28,13 @@ answered."""
 SPLIT_BYTES = 64 * 1024
 """A larger answer is written after its head instead of being copied behind it."""
 
-JSON = b"application/json"
-STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-
-
-class _Nobody:
-    """Stands where uvicorn keeps the event that wakes an ASGI application: nobody waits for a hot request's body."""
-
-    def set(self) -> None:
-        """Wake nobody."""
-
-
-class Exchange:
-    """One hot request and its answer. uvicorn's protocol takes it for one of its own request cycles."""
-
-    __slots__ = ("body", "call", "disconnected", "headers", "keep_alive", "message_event", "response_complete", "route")
-
-    def __init__(self, route: Hot, keep_alive: bool) -> None:
-        self.route, self.keep_alive = route, keep_alive
-        self.headers: dict[bytes, bytes] = {}
-        self.body: bytes | bytearray = b""
-        self.call: Any = None
-        self.response_complete = False
-        self.disconnected = False
-        self.message_event = _Nobody()
-
 
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
     service: Service
     """Set on a subclass that `protocol` makes."""
-    usual: tuple[Any, bytes] = (None, b"")
+    heads = Heads()
     draining = False
 
     # Connections
@@ -66,6 +43,8 @@ class Protocol(HttpToolsProtocol):
         """A client has connected."""
         super().connection_made(transport)
         self.limits = self.service.limits
+        self.notes = self.service.guard.access_log if self.service.guard else None
+        self.address = self.client[0] if self.client else ""
         self.since = self.loop.time()
         self.reading = "headers"
         """What is waited for: headers (of a request that has begun, or of the first), body, answer, next (idle), or
@@ -155,10 +134,14 @@ class Protocol(HttpToolsProtocol):
             elif name == b"content-length" and int(value) > self.limits.body_bytes:
                 self._answer(exchange, refused(too_large(self.limits)))
                 return
-        refusal = self.service.admit("POST", route.path, exchange.headers, self.client[0] if self.client else "")
-        if refusal is not None:
+        try:
+            exchange.key = self.service.admit(
+                "POST", route.path, exchange.headers, self.client[0] if self.client else ""
+            )
+        except Refusal as refusal:
             self._answer(exchange, refused(refusal))
-        elif self.expect_100_continue:
+            return
+        if self.expect_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -187,6 +170,7 @@ class Protocol(HttpToolsProtocol):
             self._rest()
         else:
             self.reading = "answer"
+            exchange.began = time.perf_counter()
             route, body = exchange.route, bytes(exchange.body)
             request = Request(route.name, route.workload, body, exchange.headers, route.version)
             exchange.call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
@@ -214,6 +198,8 @@ class Protocol(HttpToolsProtocol):
         exchange.response_complete = True
         keep = exchange.keep_alive
         self._write(answer, keep)
+        if self.notes is not None:
+            self._note(self.notes, exchange, answer)
         self.server_state.total_requests += 1
         if not keep:
             self.transport.close()
@@ -229,34 +215,22 @@ class Protocol(HttpToolsProtocol):
         self.reading = "next"
         self.since = self.loop.time()
 
+    def _note(self, access_log: AccessLog, exchange: Exchange, answer: Answer) -> None:
+        model, now = self.service.engine.models.get(exchange.route.workload), time.time()
+        began = exchange.began or time.perf_counter()
+        access_log.add(Access(
+            now, exchange.headers.get(b"x-request-id", b"").decode("latin-1"), self.address, exchange.key, "POST",
+            exchange.route.path, answer.status, len(exchange.body), len(answer.body),
+            (time.perf_counter() - began) * 1000, answer.rows, model.version if model else None,
+        ))  # fmt: skip
+
     def _write(self, answer: Answer, keep: bool) -> None:
-        size = str(len(answer.body)).encode()
-        if answer.status == 200 and keep and not answer.headers and answer.content_type == JSON:
-            head = b"%b%b\r\n\r\n" % (self._usual(), size)
-        else:
-            more = b"".join([b"%b: %b\r\n" % header for header in answer.headers])
-            start = STATUS[answer.status] + self._defaults()
-            close = b"" if keep else b"connection: close\r\n"
-            head = b"%bcontent-type: %b\r\n%b%bcontent-length: %b\r\n\r\n" % (
-                start, answer.content_type, more, close, size,
-            )  # fmt: skip
+        head = self.heads.of(answer, keep, self.server_state.default_headers)
         if len(answer.body) <= SPLIT_BYTES:
             self.transport.write(head + answer.body)
         else:
             self.transport.write(head)
             self.transport.write(answer.body)
-
-    def _usual(self) -> bytes:
-        """The head of nearly every answer, but for the length; it holds the date, which changes each second."""
-        current = self.server_state.default_headers
-        known, text = Protocol.usual
-        if current is not known:
-            text = b"%b%bcontent-type: %b\r\ncontent-length: " % (STATUS[200], self._defaults(), JSON)
-            Protocol.usual = current, text
-        return text
-
-    def _defaults(self) -> bytes:
-        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, and let go of the connection."""

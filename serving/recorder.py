@@ -39,7 +39,7 @@ class Records:
     ) -> None:
         """`durable`: whether the answers of a workload wait for the disk."""
         self.log, self.ids, self.metrics, self.tracer, self.durable = log, ids, metrics, tracer, durable
-        self.commit = GroupCommit(log)
+        self.commit = GroupCommit(log, metrics.log_synced)
 
     def record(
         self,
@@ -73,6 +73,8 @@ class Records:
         for call in calls:
             if call.answer is not None and call.answer.status != OK:
                 status, seconds = call.answer.status, now - call.began
+                if status == 504:
+                    self.metrics.refused(model.workload, "deadline")
                 self.metrics.answered(call.route, model.workload, model.version, status, seconds)
         for run in runs:
             good = [call for call in run.calls if call.answer is not None and call.answer.status == OK]
@@ -83,6 +85,11 @@ class Records:
             )  # fmt: skip
         if self.tracer is not None:
             self._trace(self.tracer, model, calls, runs, now)
+
+    def refused(self, call: Call, reason: str) -> None:
+        """Count a request that never came to a batch."""
+        self.metrics.refused(call.workload, reason)
+        self.metrics.answered(call.route, call.workload, 0, 503, 0.0)
 
     def _trace(self, tracer: Tracer, model: Model, calls: Sequence[Call], runs: Sequence[Run], now: float) -> None:
         """Tell the tracer of a batch: each request once, with the last run that it was in."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -54,7 +55,7 @@ class Request:
 
 WANTED = frozenset({
     b"content-type", b"content-encoding", b"inference-header-content-length", b"x-request-timeout-ms", b"authorization",
-    b"traceparent", b"host", b"accept",
+    b"traceparent", b"host", b"accept", b"x-request-id",
 })  # fmt: skip
 """Headers that mean something to a hot route."""
 
@@ -68,11 +69,14 @@ class Service:
         log: Log,
         metrics: Metrics,
         ids: Ids,
+        *,
         config: Config | None = None,
         tracer: Tracer | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """`folder` is the server's, where its parent takes orders; None: there is no parent."""
         self.engine, self.log, self.metrics, self.ids, self.tracer = engine, log, metrics, ids, tracer
-        self.config = config or Config()
+        self.config, self.folder = config or Config(), folder
         self.limits = self.config.limits
         self.guard = Guard(self.config.protection) if self.config.protection else None
         records = Records(log, ids, metrics, tracer, self.config.durable)
@@ -96,16 +100,19 @@ class Service:
         self.batcher.submit(call)
         return call
 
-    def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> Refusal | None:
-        """Why a request may not go on; None: it may. `path` is decoded, `client` an IP address."""
+    def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> str:
+        """The name of the key of a request that may go on; `path` is decoded, `client` an IP address.
+
+        Raises:
+            Refusal: it may not.
+        """
         if self.guard is None:
-            return None
+            return ""
         try:
-            self.guard.admit(method, path, headers.get(b"host"), headers.get(b"authorization"), client)
+            return self.guard.admit(method, path, headers.get(b"host"), headers.get(b"authorization"), client).name
         except Refusal as refusal:
             self.metrics.refused("", "rate" if refusal.status == 429 else "auth")
-            return refusal
-        return None
+            raise
 
     def _prepare(self, request: Request) -> None:
         """What headers say about the body. Raises Refusal."""

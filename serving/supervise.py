@@ -86,6 +86,8 @@ class Worker:
         self.plan, self.generation = plan, 0
         self.phase: Literal["spare", "loading", "loaded", "opening", "accepting"] = "spare"
         self.failure: Failure | None = None
+        self.source = uuid.uuid4().hex[:12]
+        """Names this process's life, in the prediction log and in the metrics."""
         self.seconds = 0.0
         """From being told to load until it had; the start of the process included where that came first."""
         self.memory_mb = 0
@@ -110,7 +112,7 @@ class Worker:
     def _command(self, reports: int) -> list[str]:
         command = [
             sys.executable, "-m", "serving.worker", "--socket", str(self.plan.listener.fileno()),
-            "--report", str(reports), "--folder", str(self.plan.folder), "--source", uuid.uuid4().hex[:12],
+            "--report", str(reports), "--folder", str(self.plan.folder), "--source", self.source,
             "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
             "--providers", self.plan.providers,
         ]  # fmt: skip

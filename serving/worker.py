@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ctypes
 import gc
 import logging
@@ -34,11 +33,13 @@ import uvloop
 
 from serving import generation, state, tracing
 from serving.app import App
+from serving.batcher import Batcher
 from serving.capture import Log
 from serving.config import Config
 from serving.engine import Engine, Unloadable
 from serving.http import protocol, sweep
 from serving.ids import Ids, read_key
+from serving.lag import look_at_log
 from serving.metrics import Metrics
 from serving.service import Service
 
@@ -111,16 +112,20 @@ class Server(uvicorn.Server):
 
 async def run(server: Server, listener: socket.socket, service: Service, folder: Path) -> None:
     """Answer requests until told to end; every logged row is handed over at the end."""
+    access_log = service.guard.access_log if service.guard else None
     log, metrics, connections = service.log, service.metrics, server.server_state.connections
     metrics.before += [
-        lambda: _look_at_log(metrics, service.engine, log),
+        lambda: metrics.log_lost(log.lost),
+        lambda: look_at_log(metrics, log.writing(), service.engine.models),
         lambda: metrics.connected(len(connections)),
+        lambda: _look_at_queues(metrics, service.batcher),
     ]
     repeated = [
         asyncio.create_task(_repeat(Follower(service.engine, folder).step, LOOK_SECONDS)),
         asyncio.create_task(_repeat(log.rotate, ROTATE_SECONDS)),
         asyncio.create_task(_repeat(metrics.dump, METRICS_SECONDS)),
         asyncio.create_task(sweep(connections)),
+        *([asyncio.create_task(_repeat(access_log.flush, ROTATE_SECONDS))] if access_log else []),
     ]
     try:
         await server.serve(sockets=[listener])
@@ -132,17 +137,9 @@ async def run(server: Server, listener: socket.socket, service: Service, folder:
         service.close()
 
 
-def _look_at_log(metrics: Metrics, engine: Engine, log: Log) -> None:
-    """Tell the metrics what of the log is not in the lake yet."""
-    oldest: dict[str, float] = {}
-    for path in log.ready_folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # it went into the lake meanwhile
-            name, written = path.name.split(".")[0], path.stat().st_mtime
-            oldest[name] = min(written, oldest.get(name, written))
-    pending = log.pending()
-    for workload in {*engine.models, *pending}:
-        metrics.log_lag(workload, *pending.get(workload, (0, 0)), oldest.get(workload))
-    metrics.log_lost(log.lost)
+def _look_at_queues(metrics: Metrics, batcher: Batcher) -> None:
+    for lane in list(batcher.lanes.values()):
+        metrics.queued(lane.workload, len(lane.queue))
 
 
 class Follower:
@@ -185,7 +182,15 @@ def load(parent: Parent, engine: Engine, path: Path) -> None:
 def build(engine: Engine, config: Config, folder: Path, source: str, number: int) -> Service:
     """What answers, over an engine. `source` names this process's life, `number` its ids."""
     log, ids = Log(folder / "log", source), Ids(read_key(folder), number)
-    return Service(engine, log, Metrics(folder / "metrics", source), ids, config, tracing.start(source))
+    return Service(
+        engine,
+        log,
+        Metrics(folder / "metrics", source),
+        ids,
+        config=config,
+        tracer=tracing.start(source),
+        folder=folder,
+    )
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def service(models, tmp_path):
     engine = Engine("cpu")
     for path in models.iterdir():
         assert engine.take(Desired(path.name, 1, str(path), "a", plain=True)).status == "serving"
-    return Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), Config())
+    return Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), config=Config())
 
 
 def body(name, datatype, shape, data):
@@ -214,7 +214,7 @@ def test_durable_answers_wait_for_the_disk_together(models, tmp_path):
     engine = Engine("cpu")
     engine.take(Desired("double", 1, str(models / "double"), "a", plain=True))
     log = Slow(tmp_path / "log", "one")
-    service = Service(engine, log, Metrics(), Ids(b"k" * 32, 1), Config(acks={"double": "durable"}))
+    service = Service(engine, log, Metrics(), Ids(b"k" * 32, 1), config=Config(acks={"double": "durable"}))
     at: list[int] = []
 
     async def ask():
