@@ -7,6 +7,7 @@ tensors in and out. Not here: which version should serve (`serving.engine`), req
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +19,18 @@ import numpy as np
 import onnxruntime as ort
 
 from noria.errors import BundleError
-from noria.runtime import SCORE, Providers, open_session, provider_of, run
+from noria.runtime import SCORE, Providers, open_session, placed, provider_of, run
 from registry.bundle import Bundle
 from registry.graph import check_file
 from registry.proof import ABSOLUTE, RELATIVE
 from serving.datatypes import NUMPY, ONNX
+from serving.hardware import gpu_options
 
 WARM = (1, 2, 8, 64, 256, 1024)
 """Batch sizes that are run, and must agree with each other, before a model answers. The last is the largest batch."""
 COLUMN_TYPES = {"number": "FP32", "integer": "INT64", "string": "BYTES", "text": "BYTES", "timestamp": "INT64"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Model:
 
     @cached_property
     def provider(self) -> str:
-        """Where it runs, in ONNX Runtime's words: for example `CPUExecutionProvider`."""
+        """Where it runs: tensorrt, cuda or cpu, the best one that runs any of its nodes."""
         return provider_of(self.session)
 
     def expected(self, rows: int) -> float:
@@ -102,18 +106,20 @@ def load(workload: str, version: int, folder: Path, providers: Providers, *, pla
     """
     name = f"Version {version} of {workload}"
     try:
-        return (_load_plain if plain else _load_bundle)(workload, version, folder, providers)
+        model = (_load_plain if plain else _load_bundle)(workload, version, folder, providers)
     except BundleError as error:
         raise BundleError(f"{name} cannot be loaded: {_line(error)}") from error
     except Exception as error:  # ONNX Runtime raises a dozen types of its own, and any of them means the same here
         raise BundleError(f"{name} cannot be loaded: {_line(error)}") from error
+    logger.info("%s runs on %s.", name, placed(model.session))
+    return model
 
 
 def _load_bundle(workload: str, version: int, folder: Path, providers: Providers) -> Model:
     bundle = Bundle.open(folder)
     if bundle.facts.name != workload:
         raise BundleError(f"the bundle was made for the workload '{bundle.facts.name}'.")
-    session = open_session(bundle.model, providers)
+    session = open_session(bundle.model, providers, gpu=gpu_options(bundle.model, providers, WARM))
     bundle.proof.check(session, bundle.schema)
     rows = bundle.schema.parse(bundle.proof.records)
     expected = np.asarray(bundle.proof.scores, np.float64)
@@ -144,7 +150,7 @@ def _load_bundle(workload: str, version: int, folder: Path, providers: Providers
 def _load_plain(workload: str, version: int, folder: Path, providers: Providers) -> Model:
     path = folder / "model.onnx"
     check_file(path)
-    session = open_session(path, providers)
+    session = open_session(path, providers, gpu=gpu_options(path, providers, WARM))
     inputs, outputs = _tensors(session.get_inputs()), _tensors(session.get_outputs())
     free = [tensor.shape[:1] == (-1,) for tensor in (*inputs, *outputs)]
     model = Model(workload, version, session, inputs, outputs, batched=all(free), sizes=(1,), seconds=(0.0,))

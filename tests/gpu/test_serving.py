@@ -47,6 +47,7 @@ def test_a_worker_answers_from_where_it_is_told_to_run(provider, request, make_c
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
+    assert f"Version 1 of trips runs on {provider} (" in log.read_text()
     assert answer["predictions"][0]["prediction"] == pytest.approx(3.5, rel=1e-4)
 
 
