@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from serving.generation import Generation, numbers, prune, write
 from serving.ledger import Ledger
+from serving.metrics import Metrics
 from serving.pool import Pool
 from serving.state import Desired
 from serving.supervise import Failure, Plan, Worker
@@ -56,8 +57,10 @@ class Held:
 class Fleet:
     """Starts, watches, replaces and ends workers. Used by one thread."""
 
-    def __init__(self, plan: Plan, count: int = 1) -> None:
-        self.plan, self.count = plan, count
+    def __init__(self, plan: Plan, count: int = 1, metrics: Metrics | None = None) -> None:
+        self.plan, self.count, self.metrics = plan, count, metrics or Metrics()
+        self.sources: frozenset[str] = frozenset()
+        """Names of the processes that may still write; replaced at each step, so another thread may read it."""
         self.folder = plan.folder
         self.ledger, self.pool = Ledger(plan.folder), Pool(plan)
         self._number = max(numbers(self.folder), default=0)
@@ -90,6 +93,7 @@ class Fleet:
             self.pool.keep_spare()
         loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
         said = [worker.describe() for worker in [*self.members, *self._old, *loading, *self.pool.leaving]]
+        self.sources = frozenset(one.source for one in [*self.members, *self._old, *loading, *self.pool.all()])
         if self.ledger.workers(said):
             prune(self.folder, self._needed())
         return 0.02 if busy else 0.1
@@ -208,6 +212,7 @@ class Fleet:
         workload = candidate.change.workload
         self._tried[workload] = candidate.change.asked
         self._held.pop(workload, None)
+        self.metrics.swapped(workload, "serving", time.monotonic() - candidate.began)
         for worker in self.members:
             if worker.phase == "accepting":
                 self._old.append(worker)
@@ -228,6 +233,7 @@ class Fleet:
         if failure.workload == workload or (not failure.workload and held.tries >= TRIES):
             self._tried[workload] = change.asked
             self.ledger.failed(change, self.current, failure.reason)
+            self.metrics.swapped(workload, "failed")
             return
         held.until = time.monotonic() + min(LONGEST_HOLD, 0.5 * 2**held.tries)
         logger.error("%s Version %s of %s is tried again.", failure.reason, change.version, workload)

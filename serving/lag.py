@@ -1,5 +1,6 @@
-"""What of the prediction log is not in the lake yet, for the metrics: a worker tells of what it is writing, the parent of
-what was handed over. Not here: moving it (`serving.drain`).
+"""What of the prediction log is not in the lake yet, for the metrics.
+
+A worker tells of what it is writing, the parent of what was handed over. Not here: moving it (`serving.drain`).
 """
 
 from __future__ import annotations

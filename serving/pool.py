@@ -25,6 +25,10 @@ class Pool:
         self._spare: Worker | None = None
         self._spare_at = 0.0
 
+    def all(self) -> list[Worker]:
+        """Every process that is here."""
+        return [*self.leaving, *([self._spare] if self._spare else [])]
+
     def start(self, generation: int, path: Path) -> Worker:
         """A worker that loads the generation in a file: the spare one, if there is one."""
         worker, self._spare = self._spare or Worker(self.plan), None

@@ -14,8 +14,10 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,17 +26,21 @@ from noria.errors import ServiceError
 from noria.runtime import require
 from noria.settings import Settings, variables
 from registry.store import Store
+from serving import tally
 from serving.config import Config
 from serving.drain import Drain
 from serving.fleet import Fleet
 from serving.guard import protection
+from serving.lag import handed_over, look_at_log
 from serving.limits import PREFIX
+from serving.metrics import Metrics
 from serving.reconcile import Reconciler
 from serving.repository import LOOK_SECONDS, Repository
 from serving.shadowing import LOOK_SECONDS as SHADOW_SECONDS
 from serving.shadowing import Shadowing
 from serving.supervise import MB, Plan, listen
 
+COUNT_SECONDS = 1.0
 DRAIN_SECONDS = 0.3
 LAST_DRAIN_SECONDS = 60
 RETRY_SECONDS = 0.5
@@ -62,16 +68,18 @@ def serve(
             signal.signal(number, lambda *_: stop.set())
         repository = Repository(Path(settings.repository) if settings.repository else None, settings.serving)
         repository.step()  # what lies there at the start is loaded by the first workers
-        fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers)
+        metrics = Metrics(settings.serving / "metrics", f"parent-{uuid.uuid4().hex[:12]}")
+        fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers, metrics)
         shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving) if mlflow_url else None
         drain = Drain(settings.serving / "log", str(settings.lake), *([shadowing.feed.offer] if shadowing else []))
         repeated: dict[Callable[[], object], float] = {drain.step: DRAIN_SECONDS, repository.step: LOOK_SECONDS}
+        repeated[partial(_count, metrics, fleet, settings.serving)] = COUNT_SECONDS
         if shadowing:
             reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
             repeated |= {reconciler.step: settings.poll_seconds, shadowing.step: SHADOW_SECONDS}
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
         threads = [
-            threading.Thread(target=_repeat, args=(step, seconds, stop), name=step.__qualname__)
+            threading.Thread(target=_repeat, args=(step, seconds, stop), name=str(step))
             for step, seconds in repeated.items()
         ]
         for thread in threads:
@@ -86,6 +94,15 @@ def serve(
             if shadowing:
                 shadowing.stop()
             _drain_rest(drain)
+            metrics.dump(ended=True)
+
+
+def _count(metrics: Metrics, fleet: Fleet, folder: Path) -> None:
+    """Write the parent's own numbers down, and add up those of the processes that have ended."""
+    look_at_log(metrics, handed_over(folder / "log"), fleet.current.entries)
+    metrics.dump()
+    if fleet.sources:
+        tally.retire(folder / "metrics", {*fleet.sources, metrics.source})
 
 
 def _plan(settings: Settings, listener: socket.socket, grpc_port: int | None, config: Config) -> Plan:
