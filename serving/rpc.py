@@ -20,7 +20,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from serving import binary
-from serving.batcher import Call
+from serving.batch import Call
 from serving.columns import Given
 from serving.datatypes import NUMPY
 from serving.messages import MESSAGES, METHODS
