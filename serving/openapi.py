@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import version as installed
+from math import prod
 from typing import Any
 
 from noria.column import Column
 from serving import tensors
+from serving.datatypes import NUMPY
 from serving.model import Model
 from serving.protocol import MOST_ROWS
 
@@ -21,12 +23,50 @@ TYPES: dict[str, dict[str, Any]] = {
         "description": "ISO 8601 (UTC where it names no zone) or seconds since 1970",
     },
 }
+TENSOR = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "datatype": {"enum": list(NUMPY)},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+    "required": ["name", "datatype", "shape"],
+}
+OUTPUT = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+    "required": ["name"],
+}
+REQUEST: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "inputs": {"type": "array", "items": TENSOR},
+        "outputs": {"type": "array", "items": OUTPUT},
+        "parameters": {"type": "object"},
+    },
+    "required": ["inputs"],
+}
+"""An inference request of the Open Inference Protocol v2."""
+ARROW_STREAM = (
+    "application/vnd.apache.arrow.stream",
+    "An Arrow IPC stream: the columns by name; answered with the columns id, prediction and action.",
+)
+OCTETS = (
+    "application/octet-stream",
+    "The JSON, as long as the header Inference-Header-Content-Length says, and the tensors' bytes behind it.",
+)
+LONGEST_EXAMPLE = 1000
 ERROR_STATUSES = {
-    "400": "The body is not JSON.",
+    "400": "The body is not what its content type says; in the Open Inference Protocol, whatever is wrong with it.",
     "413": "Too many bytes or rows.",
-    "415": "The content type is not JSON.",
+    "404": "There is no such model or version.",
+    "415": "The content type is not one that is read.",
     "422": "A record breaks the schema; the sentence names field and row.",
-    "503": "No version of the workload is champion yet.",
+    "503": "No version of the workload is ready, or too many requests wait.",
+    "504": "The deadline of the request passed.",
 }
 
 
@@ -70,8 +110,8 @@ def _paths(model: Model) -> dict[str, Any]:
     described = {"summary": "Inputs and outputs", "tags": [name], "responses": {"200": {"description": "OK"}}}
     about = {f"/v2/models/{name}": {"get": described}}
     if model.bundle is None:
-        content = {"type": "object"}
-        return about | {f"/v2/models/{name}/infer": _post(name, "Run the model on tensors", content, {"inputs": []})}
+        path = f"/v2/models/{name}/infer"
+        return about | {path: _post(name, "Run the model on tensors", REQUEST, plain_example(model), OCTETS)}
     schema, example = model.bundle.schema, model.bundle.proof.records[0]
     columns = schema.columns
     if schema.event_time not in schema.names:
@@ -90,7 +130,7 @@ def _paths(model: Model) -> dict[str, Any]:
     }
     return about | {
         f"/predict/{name}": _post(
-            name, f"Predict {schema.target}", _object("records", records), {"records": [example]}
+            name, f"Predict {schema.target}", _object("records", records), {"records": [example]}, ARROW_STREAM
         ),
         f"/feedback/{name}": _post(
             name,
@@ -99,7 +139,7 @@ def _paths(model: Model) -> dict[str, Any]:
             {"labels": [{"id": "0" * 32, "label": 1}]},
         ),
         f"/v2/models/{name}/infer": _post(
-            name, "Predict, in the Open Inference Protocol", {"type": "object"}, tensors.example(schema, example)
+            name, "Predict, in the Open Inference Protocol", REQUEST, tensors.example(schema, example), OCTETS
         ),
     }
 
@@ -108,12 +148,30 @@ def _object(name: str, inner: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": {name: inner}, "required": [name]}
 
 
-def _post(tag: str, summary: str, schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+def plain_example(model: Model) -> dict[str, Any]:
+    """A request of a plain model: one row of zeros, 1 for every other free size."""
+    inputs = []
+    for one in model.inputs:
+        shape = [1 if size == -1 else size for size in one.shape]
+        zero = {"BYTES": "", "BOOL": False}.get(one.datatype, 0)
+        data = [zero] * min(prod(shape), LONGEST_EXAMPLE)
+        inputs.append({"name": one.name, "datatype": one.datatype, "shape": shape, "data": data})
+    return {"inputs": inputs}
+
+
+def _post(
+    tag: str, summary: str, schema: dict[str, Any], example: dict[str, Any], other: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """A POST that takes JSON, and beside it bytes of another content type, which is answered in kind."""
     error = {"type": "object", "properties": {"error": {"type": "string"}}}
     responses: dict[str, Any] = {"200": {"description": "OK"}}
+    content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
+    if other is not None:
+        octets = {"type": "string", "format": "binary", "description": other[1]}
+        content[other[0]] = {"schema": octets}
+        responses["200"]["content"] = {"application/json": {}, other[0]: {"schema": octets}}
     for status, text in ERROR_STATUSES.items():
         responses[status] = {"description": text, "content": {"application/json": {"schema": error}}}
-    content = {"application/json": {"schema": schema, "example": example}}
     return {
         "post": {
             "summary": summary,

@@ -79,7 +79,8 @@ def _plain(model: Model) -> str:
     return (
         f"<section id='{name}'><h2>{name} <small>version {model.version}</small></h2>"
         f"<p>A plain model: ask it with <code>POST /v2/models/{name}/infer</code>.</p>"
-        f"<table><tr><th></th><th>tensor</th><th>datatype</th><th>shape</th></tr>{rows}</table></section>"
+        f"<table><tr><th></th><th>tensor</th><th>datatype</th><th>shape</th></tr>{rows}</table>"
+        f"{_form('Infer', f'/v2/models/{name}/infer', openapi.plain_example(model), opened=True)}</section>"
     )
 
 

@@ -25,6 +25,8 @@ from serving.protocol import parse_json
 from serving.wire import Answer, Refusal, Rows, Scored
 
 PREDICTION_ID = "prediction_id"
+EXTENSIONS = ["binary_tensor_data"]
+"""What the server says it has beside the protocol."""
 FORM = 'An inference request is {"inputs": [{"name", "datatype", "shape", "data"}, ...]}.'
 MOST_DIMENSIONS = 16
 LARGEST_EMPTY = 2**16
@@ -141,7 +143,7 @@ def _given(inputs: list[Any], tail: memoryview | None) -> dict[str, Given]:
             raise Refusal(400, f"The input '{name}' is there twice.")
         if shape.__class__ is not list:
             raise Refusal(400, f"The input '{name}' has no shape; it is a list of whole numbers.")
-        count = _count(name, shape)
+        count = elements(name, shape)
         data = entry.get("data")
         if data.__class__ is list and "parameters" not in entry:
             if data and data[0].__class__ is list:
@@ -156,8 +158,8 @@ def _given(inputs: list[Any], tail: memoryview | None) -> dict[str, Given]:
     return given
 
 
-def _count(name: str, shape: list[Any]) -> int:
-    """Elements of a shape."""
+def elements(name: str, shape: list[Any]) -> int:
+    """How many elements an input of this shape has. Raises Refusal 400."""
     if len(shape) > MOST_DIMENSIONS:
         raise Refusal(400, f"The input '{name}' has {len(shape)} dimensions; at most {MOST_DIMENSIONS} are served.")
     count = 1

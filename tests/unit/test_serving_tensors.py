@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from serving import binary
 from serving.datatypes import NUMPY
+from serving.openapi import plain_example
 from serving.tensors import decode_infer
 from serving.wire import Refusal, Scored
 
@@ -251,3 +252,11 @@ def test_scalars_and_empty_tensors(identity_model):
     model = identity_model("FP32", (-1, -1))
     for body, length in ((orjson.dumps(one([], shape=(2, 0))), None), as_bytes([("x", "FP32", [2, 0], b"")])):
         assert decode_infer(body, model, length).rows.tensors["x"].shape == (2, 0)
+
+
+@pytest.mark.parametrize("datatype", list(NUMPY))
+def test_the_documented_example_of_a_plain_model_is_answered(identity_model, datatype):
+    for shape in ((-1, 3), (2, 3), (-1, -1), ()):
+        model = identity_model(datatype, shape)
+        answer = run(model, decode_infer(orjson.dumps(plain_example(model)), model))
+        assert "y" in outputs_of(answer)

@@ -1,0 +1,1 @@
+"""A conformance suite for any server of the Open Inference Protocol v2, pointed at by URL."""
