@@ -97,12 +97,12 @@ class Protocol(HttpToolsProtocol):
         """Bytes have arrived."""
         if self.reading == "nothing":
             return
-        if self.reading == "headers":
-            self.header_size += len(data)
+        self.header_size += len(data)
         super().data_received(data)
+        # Counted from the request's start, and from each piece of its body: trailers and chunk extensions are headers.
         if (
-            self.reading == "headers"
-            and self.header_size > self.limits.header_bytes
+            self.header_size > self.limits.header_bytes
+            and self.reading in ("headers", "body")
             and not self.transport.is_closing()
         ):
             self._refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
@@ -146,6 +146,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
+        self.header_size = 0
         exchange = self.exchange
         if exchange is None:
             super().on_body(body)

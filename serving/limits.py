@@ -2,7 +2,7 @@
 
 Every limit is here with its default and may be set by `NORIA_LIMIT_` and its name, for example
 `NORIA_LIMIT_BODY_BYTES=1048576`. Times and connections are enforced by whoever reads the socket. Not here: who may ask
-(`serving.access`), how often (`serving.rates`).
+(`serving.access`), how often (`serving.rates`), and the rows of a request (`serving.protocol`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from noria.errors import SettingsError
 from serving.wire import Refusal
 
 PREFIX = "NORIA_LIMIT_"
+JSON_DEPTH = 64
+"""Arrays and objects within each other. Not to be set: nothing that is asked here needs a tenth of it."""
 SLICE_BYTES = 16 * 1024
 """Compressed bytes that are inflated in one go: at deflate's best ratio (1,032) they make 17 MB."""
 ALWAYS_BYTES = 2**20
@@ -40,19 +42,13 @@ class Limits:
     ratio: int = 200
     """A body may inflate to so many times its size (or to 1 MiB): text reaches 20, tensors of zeros 1,000."""
     header_bytes: int = 32 * 2**10
-    """Request line and header fields together."""
-    header_count: int = 100
-    """Header fields of one request."""
+    """Request line and header fields together; and what comes after a body, or between two pieces of it."""
     header_seconds: float = 10.0
     """From a request's first byte (or the connection's start) to the end of its header."""
     body_seconds: float = 30.0
     """From the end of the header to the end of the body."""
     idle_seconds: float = 60.0
     """How long a connection may stay open between two requests."""
-    json_depth: int = 64
-    """Arrays and objects within each other."""
-    rows: int = 10_000
-    """Rows, records or labels of one request."""
     connections: int = 1_000
     """Open connections of one worker."""
     queue: int = 4_096
@@ -143,7 +139,7 @@ STEPS = np.zeros(256, np.int32)
 STEPS[list(b"[{")], STEPS[list(b"]}")] = 1, -1
 
 
-def check_depth(body: bytes, most: int = DEFAULTS.json_depth) -> None:
+def check_depth(body: bytes, most: int = JSON_DEPTH) -> None:
     """Refuse JSON that is nested deeper than `most`, before anything parses it. Raises Refusal 400.
 
     Counting comes first, because it costs a third of a microsecond: there are no more levels than opening brackets, and

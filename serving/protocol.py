@@ -17,6 +17,7 @@ from noria.column import EARLIEST, FORMS, LATEST, MISSING_INTEGER, Tensors, pars
 from noria.errors import SchemaError
 from noria.runtime import SCORE
 from noria.schema import Schema
+from serving.limits import check_depth
 from serving.model import Model
 from serving.wire import Answer, Refusal, Rows, Scored
 
@@ -46,6 +47,7 @@ class Predict:
 
 def parse_json(body: bytes) -> Any:
     """The JSON value of a body. Raises Refusal 400."""
+    check_depth(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -6,6 +6,9 @@ from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote
 
+KEPT_CHARACTERS = 512
+"""Longer paths are read anew each time: what clients choose must not fill the memory."""
+
 
 class Hot(NamedTuple):
     """A hot route."""
@@ -18,9 +21,18 @@ class Hot(NamedTuple):
     version: int | None = None
 
 
-@lru_cache(4096)
 def hot(path: str) -> Hot | None:
     """The hot route at a decoded path, without its query; None: another route."""
+    return (_hot if len(path) <= KEPT_CHARACTERS else _hot.__wrapped__)(path)
+
+
+def hot_url(url: bytes) -> Hot | None:
+    """The same for a URL as it comes over the wire."""
+    return (_hot_url if len(url) <= KEPT_CHARACTERS else _hot_url.__wrapped__)(url)
+
+
+@lru_cache(1024)
+def _hot(path: str) -> Hot | None:
     match path.split("/"):
         case ["", "predict" | "feedback" as name, workload]:
             return Hot(path, name, workload)
@@ -31,9 +43,8 @@ def hot(path: str) -> Hot | None:
     return None
 
 
-@lru_cache(4096)
-def hot_url(url: bytes) -> Hot | None:
-    """The same for a URL as it comes over the wire."""
+@lru_cache(1024)
+def _hot_url(url: bytes) -> Hot | None:
     if not url.startswith(b"/"):
         return None
     return hot(unquote(url.split(b"?")[0].decode("latin-1")))

@@ -340,9 +340,9 @@ def test_a_configured_file_that_is_missing_lets_nobody_in(tmp_path):
 
 def test_protection_crosses_to_a_worker_as_json(tmp_path, path):
     settings = load_settings(home=tmp_path / "home", hosts="noria.example.org", rate=7, access_log="-")
-    made = protection(settings, {"NORIA_LIMIT_ROWS": "5"}, "127.0.0.1", workers=4)
+    made = protection(settings, {"NORIA_LIMIT_QUEUE": "5"}, "127.0.0.1", workers=4)
     assert Protection.from_json(made.to_json()) == made
-    assert made.limits.rows == 5 and made.workers == 4
+    assert made.limits.queue == 5 and made.workers == 4
     assert "noria.example.org" in json.loads(made.to_json())["hosts"]
     with pytest.raises(SettingsError, match="--open"):
         protection(settings, {}, "0.0.0.0")

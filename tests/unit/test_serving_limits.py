@@ -222,16 +222,16 @@ def test_a_small_body_is_looked_through_in_a_microsecond():
 def test_limits_come_from_variables():
     assert Limits.of({}) == DEFAULTS == Limits.of({"NORIA_HOME": "x"})
     found = Limits.of({"NORIA_LIMIT_BODY_BYTES": "1024", "NORIA_LIMIT_HEADER_SECONDS": "0.5"})
-    assert (found.body_bytes, found.header_seconds, found.rows) == (1024, 0.5, DEFAULTS.rows)
+    assert (found.body_bytes, found.header_seconds, found.queue) == (1024, 0.5, DEFAULTS.queue)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
         ("BODY", "1", "no limit NORIA_LIMIT_BODY;.*BODY_BYTES"),
-        ("ROWS", "many", "NORIA_LIMIT_ROWS is 'many'"),
-        ("ROWS", "0", "above 0"),
-        ("ROWS", "1.5", "above 0"),
+        ("QUEUE", "many", "NORIA_LIMIT_QUEUE is 'many'"),
+        ("QUEUE", "0", "above 0"),
+        ("QUEUE", "1.5", "above 0"),
         ("BODY_SECONDS", "-1", "above 0"),
         ("BODY_SECONDS", "inf", "above 0"),
         ("BODY_SECONDS", "nan", "above 0"),
