@@ -160,8 +160,12 @@ class Shadow:
 def yield_to_all() -> None:
     """Put this process below every other one; what the system refuses is left as it is."""
     os.nice(19)
-    for path, value in (("/proc/self/autogroup", "19"), ("/proc/self/oom_score_adj", "1000")):
-        with suppress(OSError):  # the first: where sessions are scheduled as groups, niceness counts within one only
+    files = {"/proc/self/oom_score_adj": "1000"}
+    if os.getsid(0) == os.getpid():
+        # Where sessions are scheduled as groups, niceness counts within a session only: lower that, too, if it is ours.
+        files["/proc/self/autogroup"] = "19"
+    for path, value in files.items():
+        with suppress(OSError):
             Path(path).write_text(value)
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
 

@@ -347,12 +347,16 @@ def test_it_has_a_memory_limit_of_its_own_and_comes_last(tmp_path, make_contents
         "print(os.nice(0), Path('/proc/self/oom_score_adj').read_text().strip(), flush=True)\n"
         "load('trips', 2, Path(sys.argv[1]), 'cpu')"
     )
+    group = Path("/proc/self/autogroup")
+    before = group.read_text() if group.exists() else ""
     ended = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "greedy")], capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.stdout.split() == ["19", "1000"]
     assert "Version 2 of trips cannot be loaded" in ended.stderr
     assert "llocat" in ended.stderr, ended.stderr
+    # It led no session of its own here: lowering its group would have lowered whoever started it.
+    assert before == (group.read_text() if group.exists() else "")
 
 
 def test_a_file_that_is_half_there_or_of_another_kind_is_passed_over(tmp_path: Path):
