@@ -134,8 +134,8 @@ class Shadow:
             return answers  # no longer wanted, at this moment
         except (ValueError, KeyError, TypeError, OverflowError, pa.ArrowException):
             return answers  # the drain keeps a damaged segment, and says so
-        if "predictions" not in tables:
-            return answers
+        if "predictions" not in tables or "score" not in tables["predictions"].column_names:
+            return answers  # rows of a plain model have no score
         rows = chosen(tables["predictions"], challenger.ask.share, challenger.model.version)
         for _ in score(challenger.model, rows, answers):
             self.beat()
