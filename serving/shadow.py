@@ -134,8 +134,8 @@ class Shadow:
             return answers  # no longer wanted, at this moment
         except (ValueError, KeyError, TypeError, OverflowError, pa.ArrowException):
             return answers  # the drain keeps a damaged segment, and says so
-        if "predictions" not in tables:
-            return answers
+        if "predictions" not in tables or "score" not in tables["predictions"].column_names:
+            return answers  # rows of a plain model have no score
         rows = chosen(tables["predictions"], challenger.ask.share, challenger.model.version)
         for _ in score(challenger.model, rows, answers):
             self.beat()
@@ -160,8 +160,12 @@ class Shadow:
 def yield_to_all() -> None:
     """Put this process below every other one; what the system refuses is left as it is."""
     os.nice(19)
-    for path, value in (("/proc/self/autogroup", "19"), ("/proc/self/oom_score_adj", "1000")):
-        with suppress(OSError):  # the first: where sessions are scheduled as groups, niceness counts within one only
+    files = {"/proc/self/oom_score_adj": "1000"}
+    if os.getsid(0) == os.getpid():
+        # Where sessions are scheduled as groups, niceness counts within a session only: lower that, too, if it is ours.
+        files["/proc/self/autogroup"] = "19"
+    for path, value in files.items():
+        with suppress(OSError):
             Path(path).write_text(value)
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,27 +21,29 @@ from noria.records import Window
 from registry.bundle import write
 from registry.proof import Proof
 from serving import shadow_state
-from serving.capture import Log, batch_ids, new_base
+from serving.capture import Log
 from serving.drain import Drain, read
 from serving.feed import Feed
+from serving.ids import Ids, expand
 from serving.model import load
-from serving.protocol import decode_predict
+from serving.protocol import read_records
 from serving.shadow import Shadow
 from serving.shadow_scores import Answers, chosen, score
 from serving.shadow_state import Ask, Reached
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
+IDS = Ids(b"k" * 32, 1)
 RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone": 1}
 
 
 class Home:
     """A home whose champion, version 1, has answered; version 2 shadows."""
 
-    def __init__(self, folder, schema, bundle):
-        self.folder, self.schema = folder, schema
+    def __init__(self, folder, champion, bundle):
+        self.folder, self.champion, self.schema = folder, champion, champion.bundle.schema
         self.log, self.feed = Log(folder / "log", "one"), Feed(folder / "shadow", segments=3)
         self.feed.wanted = frozenset({"trips"})
-        self.lake = Lake(str(folder / "lake"), "trips", schema)
+        self.lake = Lake(str(folder / "lake"), "trips", self.schema)
         self.drain = Drain(folder / "log", str(folder / "lake"), self.feed.offer)
         self.ask(bundle)
 
@@ -50,12 +53,13 @@ class Home:
 
     def answer(self, records=(RECORD, RECORD), version=1, latency=0.5):
         """Log a request as the champion does, score 3 a row; returns its ids."""
-        rows, base = decode_predict(orjson.dumps(list(records)), self.schema), new_base(1_584_261_000_000)
-        scores, actions = np.full(len(records), 3.0, np.float32), ["short"] * len(records)
+        rows, base = read_records(orjson.dumps(list(records)), self.schema), IDS.base("trips", len(records))
         self.log.predictions(
-            "trips", version, self.schema, base=base, rows=rows, scores=scores, actions=actions, latency_ms=latency
-        )
-        return batch_ids(base, len(records))
+            replace(self.champion, version=version), base=base, tensors=rows.tensors, times=rows.times,
+            outputs={"score": np.full(len(records), 3.0, np.float32)}, actions=["short"] * len(records),
+            latency_ms=latency,
+        )  # fmt: skip
+        return expand(base, len(records))
 
     def move(self):
         """Everything that is logged into the lake."""
@@ -83,9 +87,16 @@ def bundle(tmp_path_factory, make_contents, trips_graph, trips_schema, trips):
     return folder
 
 
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory, make_contents):
+    folder = tmp_path_factory.mktemp("champion")
+    write(folder, make_contents())
+    return load("trips", 1, folder, "cpu")
+
+
 @pytest.fixture
-def home(tmp_path, trips_schema, bundle):
-    return Home(tmp_path, trips_schema, bundle)
+def home(tmp_path, champion, bundle):
+    return Home(tmp_path, champion, bundle)
 
 
 def test_a_challengers_answers_reach_their_own_table_and_no_other(home):
@@ -347,12 +358,16 @@ def test_it_has_a_memory_limit_of_its_own_and_comes_last(tmp_path, make_contents
         "print(os.nice(0), Path('/proc/self/oom_score_adj').read_text().strip(), flush=True)\n"
         "load('trips', 2, Path(sys.argv[1]), 'cpu')"
     )
+    group = Path("/proc/self/autogroup")
+    before = group.read_text() if group.exists() else ""
     ended = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "greedy")], capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.stdout.split() == ["19", "1000"]
     assert "Version 2 of trips cannot be loaded" in ended.stderr
     assert "llocat" in ended.stderr, ended.stderr
+    # It led no session of its own here: lowering its group would have lowered whoever started it.
+    assert before == (group.read_text() if group.exists() else "")
 
 
 def test_a_file_that_is_half_there_or_of_another_kind_is_passed_over(tmp_path: Path):
