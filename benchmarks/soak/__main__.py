@@ -1,7 +1,9 @@
 """Runs the long proofs, prints what was counted, and fails when a target is missed.
 
-python -m benchmarks.soak                           100 swaps, 50 kills durable, 50 kills fast: about half an hour
-python -m benchmarks.soak --swaps 3 --kills 2       the short form
+    python -m benchmarks.soak                                       100 swaps, 50 kills durable, 50 kills fast
+    python -m benchmarks.soak --swaps 3 --kills 2 --counts-only     the short form, for a busy machine
+
+The long form takes about half an hour. Not here: what a swap or a kill proves.
 """
 
 from __future__ import annotations
