@@ -184,6 +184,9 @@ def test_only_what_was_answered_just_before_a_kill_may_be_missing():
     told = Acknowledged(at={"old": 1.0, "young": 9.5, "after": 12.0}, kills=[10.0])
     assert unexcused(told, ["old", "young", "after"], 1.0) == ["old", "after"]
     assert unexcused(told, ["young"], 0.0) == ["young"]
+    # An answer that was still on its way when its server was killed.
+    told = Acknowledged(at={"last": 10.0005}, kills=[10.0])
+    assert unexcused(told, ["last"], 1.0) == [] and unexcused(told, ["last"], 0.0) == ["last"]
 
 
 def test_an_answer_must_hold_the_scores_of_the_version_that_it_names():
