@@ -1,5 +1,8 @@
 """PyTriton: NVIDIA's Triton in front of a Python function, with its dynamic batching."""
 
+import os
+import sysconfig
+
 import numpy as np
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -17,6 +20,8 @@ def infer(x):
 
 
 if __name__ == "__main__":
+    # Triton's own Python must be this one's library, not an older one of the system with the same minor version.
+    os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
     ports = {"http_port": PORT, "grpc_port": PORT + 1, "metrics_port": PORT + 2}
     with Triton(config=TritonConfig(http_address="127.0.0.1", grpc_address="127.0.0.1", **ports)) as triton:
         triton.bind(

@@ -1,9 +1,11 @@
 """Runs cases and writes what they found.
 
-python -m benchmarks.serving                       every case, every peer: about an hour; leave the machine alone
-python -m benchmarks.serving small --peers mosec   one case
-python -m benchmarks.serving --quick               one short round of everything, to see that it runs
-python -m benchmarks.serving --install             only make the peers' environments (about 5 GB)
+    python -m benchmarks.serving                       every case, every peer; leave the machine alone
+    python -m benchmarks.serving small --peers mosec   one case
+    python -m benchmarks.serving --quick               one short round of everything, to see that it runs
+    python -m benchmarks.serving --install             only make the peers' environments (3.5 GB)
+
+Not here: what a case measures (`throughput`, `wide`, `overload`, `lifetime`).
 """
 
 from __future__ import annotations

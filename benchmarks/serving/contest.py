@@ -107,7 +107,7 @@ class Server:
 
 @dataclass(frozen=True)
 class InProcess:
-    """A function called again and again in its own process on the server's core (`benchmarks.serving.inprocess`)."""
+    """A function called again and again in its own process on the server's core: `benchmarks.serving.inprocess`."""
 
     name: str
     arguments: tuple[str, ...]

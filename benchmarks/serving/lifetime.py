@@ -56,7 +56,7 @@ def memory(bench: Bench) -> Section:
         for number, process in enumerate(served.tree()):
             name = "first" if number == 0 else "below it"
             resident = process.memory_info().rss / MEGABYTE
-            section.rows.append([name, f"{resident:.0f}", " ".join(process.cmdline()[1:4])])
+            section.rows.append([name, f"{resident:.0f}", " ".join(process.cmdline()[1:4])[:60]])
         worker = max(served.memory()[1:] or served.memory()) / MEGABYTE
     section.figures = [Figure("the largest process below the first", worker, "MB", 250, at_most=True)]
     return section

@@ -35,6 +35,8 @@ class Tally:
     """Seconds until each good answer."""
     refused: list[float] = field(default_factory=list)
     """Seconds until each 503 or 429."""
+    lags: list[float] = field(default_factory=list)
+    """Seconds by which the generator itself was late, a tick each: what latencies are too long by."""
     other: dict[int, int] = field(default_factory=dict)
     """Any other status, counted."""
 
@@ -54,6 +56,7 @@ class Tally:
             "other": self.other, "fine": len(self.fine), "refused": len(self.refused),
             "goodput": len(self.fine) / seconds,
             "fine_p50": percentile(self.fine, 50), "fine_p99": percentile(self.fine, 99),
+            "lag_p99": percentile(self.lags, 99),
             "refused_p50": percentile(self.refused, 50), "refused_p99": percentile(self.refused, 99),
         }  # fmt: skip
 
@@ -134,11 +137,15 @@ async def drive(port: int, request: bytes, *, rate: float, seconds: float, conne
                 tally.held += 1
         lost = len(clients) - sum(client.open for client in clients) if tally.held else 0
         clients = [client for client in clients if client.open] if lost else clients
+        ticked = time.perf_counter()
         await asyncio.gather(*(connect() for _ in range(min(lost, 50))), asyncio.sleep(TICK))
+        tally.lags.append(time.perf_counter() - ticked - TICK)
     deadline = time.perf_counter() + SETTLE
     while any(client.sent_at is not None for client in clients) and time.perf_counter() < deadline:
         await asyncio.sleep(0.01)
-    tally.broken += sum(client.sent_at is not None for client in clients)
+    for client in clients:
+        client.transport.close()
+    await asyncio.sleep(TICK)  # their ends are counted: what is unanswered by now is broken
     return tally
 
 

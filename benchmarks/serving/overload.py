@@ -55,21 +55,16 @@ def overload(bench: Bench) -> Section:
 
 
 def _figures(before: float, during: dict[str, Any], after: float) -> list[Figure]:
-    refusals = during["refused_p99"]
     held = (
         f"{during['held']:,} of {during['sent'] + during['held']:,} found no idle connection" if during["held"] else ""
     )
+    late = f"the generator itself was late by {during['lag_p99']:.1f} ms at p99"
+    unwell = during["broken"] + sum(during["other"].values())
     return [
         Figure("offered by capacity", during["offered"] / before, "x", 0.95 * TIMES, note=held),
         Figure("goodput by capacity", during["goodput"] / before, "x", 0.9),
-        Figure("refusals' p99", float("nan") if refusals is None else refusals, "ms", 50, at_most=True),
-        Figure(
-            "broken or answered otherwise",
-            during["broken"] + sum(during["other"].values()),
-            "requests",
-            0,
-            at_most=True,
-        ),
+        Figure("refusals' p99", during["refused_p99"] or float("nan"), "ms", 50, at_most=True, note=late),
+        Figure("broken or answered otherwise", unwell, "requests", 0, at_most=True),
         Figure(f"capacity {AFTER:g} s after by before", after / before, "x", 0.9),
     ]
 

@@ -58,7 +58,6 @@ PEERS = {
         Peer("ray-haproxy", "ray", _script("ray"), "/", variables=HAPROXY,
              note="the same behind HAProxy, throughput optimised"),
         Peer("pytriton", "pytriton", _script("pytriton"), "/v2/models/small/infer",
-             variables={"PYTHONPATH": f"{FILES}:{FILES / 'pytriton_site'}"},
              note="dynamic batches of 64, 0.1 ms; Triton and a Python process"),
     )
 }  # fmt: skip

@@ -32,6 +32,8 @@ class Figure:
     at_most: bool = False
     """The target is a ceiling, not a floor."""
     note: str = ""
+    timed: bool = False
+    """Time or memory, which others on the machine can spoil; not a count."""
 
     @property
     def verdict(self) -> str:

@@ -56,7 +56,7 @@ def swaps(folder: Path, count: int, rate: float) -> Section:
     section.figures = [
         *_answers(traffic, expected), *_latencies(traffic.answers, windows),
         Figure("slowest swap, folder to first answer", max(taken), "s"),
-        Figure("resident memory after by before", after / before, "x", 1.05, at_most=True,
+        Figure("resident memory after by before", after / before, "x", 1.05, at_most=True, timed=True,
                note=f"{before / MEGABYTE:.0f} MB before, {after / MEGABYTE:.0f} MB after"),
     ]  # fmt: skip
     return section
@@ -125,7 +125,7 @@ def judge(kept: Kept, expected: dict[int, np.ndarray]) -> str:
 def _latencies(answers: Sequence[Kept], windows: Windows) -> list[Figure]:
     calm, swapping = p99_within(answers, windows.calm), p99_within(answers, windows.swapping)
     note = f"{calm:.2f} ms before, {swapping:.2f} ms during"
-    return [Figure("p99 during swaps by before", swapping / calm, "x", 2.0, at_most=True, note=note)]
+    return [Figure("p99 during swaps by before", swapping / calm, "x", 2.0, at_most=True, note=note, timed=True)]
 
 
 def p99_within(answers: Sequence[Kept], windows: Sequence[tuple[float, float]]) -> float:

@@ -7,6 +7,7 @@ nothing is sent twice. Not here: what the answers mean.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -73,10 +74,10 @@ class Traffic:
                 is_open = False
                 await asyncio.sleep(PAUSE)
             if not is_open and link is not None:
-                link[1].close()
+                await _close(link[1])
                 link = None
         if link is not None:
-            link[1].close()
+            await _close(link[1])
 
 
 async def _exchange(
@@ -89,3 +90,9 @@ async def _exchange(
     content = await reader.readexactly(length)
     now = time.monotonic()
     return Kept(now, now - began, int(head[9:12]), content), b"connection: close" not in head
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
