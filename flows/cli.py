@@ -116,13 +116,19 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For scripts.")]
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Worker processes.")] = None,
+    repository: Annotated[
+        Path | None, typer.Option(help="Folder of plain models, NAME/VERSION/model.onnx; MLflow is not needed then.")
+    ] = None,
 ) -> None:
     """Answer requests with whatever the alias `champion` names, and follow it. `noria up` does this too."""
     from serving.reload import serve as run
 
-    site = Site.here()
+    given = {"workers": workers, "repository": str(repository.absolute()) if repository else None}
+    site = Site.here(**{name: value for name, value in given.items() if value is not None})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(site.settings, host=host, port=port, mlflow_url=site.address("mlflow_uri"))
+    mlflow_url = site.settings.mlflow_uri if site.settings.repository else site.address("mlflow_uri")
+    run(site.settings, host=host, port=port, mlflow_url=mlflow_url)
 
 
 app.add_typer(key, name="key", rich_help_panel=GROUPS[1])

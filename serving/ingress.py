@@ -13,6 +13,8 @@ import re
 import shlex
 import stat
 import sys
+import tempfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,6 +82,17 @@ def check(text: str, host: str) -> None:
         raise Unsafe("no time limit for the head of a request")
 
 
+def place(home: Path) -> Path:
+    """Where HAProxy's files lie: in the home if its path is short enough for sockets, else in a folder of ours.
+
+    A socket's path has 107 characters at most; Ray adds the node's id (57) and HAProxy a suffix.
+    """
+    inside = home / "haproxy"
+    if len(str(inside)) < 26:
+        return inside
+    return Path(tempfile.gettempdir()) / f"noria-{zlib.crc32(str(home).encode()):08x}"
+
+
 def install(folder: Path, host: str = LOOPBACK) -> Path:
     """Write the launcher into `folder`, which nobody else can enter; its path is RAY_SERVE_HAPROXY_BINARY_PATH's value.
 
@@ -119,6 +132,10 @@ def _bundled() -> Path:
     return path
 
 
+def _private(folder: Path) -> bool:
+    return not folder.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+
+
 def main(arguments: list[str]) -> None:
     """The launcher's body: HOST HAPROXY [HAProxy's own arguments]; becomes HAProxy."""
     host, executable, *given = arguments
@@ -130,7 +147,7 @@ def main(arguments: list[str]) -> None:
             check(safe, host)
         except Unsafe as error:
             sys.exit(f"noria does not start HAProxy: {error}. Use Ray Serve's own proxy.")
-        if path.parent.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if not any(_private(folder) for folder in (path.parent, path.parent.parent)):  # Ray adds one a node
             sys.exit(f"noria does not start HAProxy: others may enter {path.parent}; make it yours alone (chmod 700).")
         path.write_text(safe)
     os.execv(executable, [executable, *given])

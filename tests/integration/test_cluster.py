@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -22,6 +24,7 @@ import pytest
 from noria.lake import Lake
 from registry.proof import Proof
 from registry.store import Store
+from serving.ingress import place
 
 RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone": 1}
 pytestmark = pytest.mark.timeout(900)
@@ -49,12 +52,13 @@ def wait(condition, seconds=30.0, what=""):
 class Cluster:
     """`noria cluster` in a process."""
 
-    def __init__(self, mlflow_url, *options):
+    def __init__(self, mlflow_url, *options, **variables):
         # Short: Ray and HAProxy keep Unix sockets in it, whose paths are limited.
         self.home, self.port = Path(tempfile.mkdtemp(prefix="noria-test-")), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("NORIA_", "RAY_"))}
         self.environment = {**kept, "NORIA_HOME": str(self.home), "NORIA_MLFLOW_URI": mlflow_url, "COLUMNS": "200"}
+        self.environment |= variables
         command = [sys.executable, "-m", "flows.cli", "cluster", "--port", str(self.port), "--cpus", "0.5", *options]
         with (self.home / "log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -67,7 +71,7 @@ class Cluster:
     def start(self):
         def ready():
             assert self.process.poll() is None, self.log()[-5000:]
-            return "serving on" in self.log()
+            return "serving on http" in self.log()
 
         return wait(ready, 240, lambda: self.log()[-5000:])
 
@@ -167,9 +171,9 @@ def registered(mlflow_url, make_contents, trips_graph, trips_schema, trips):
     return store
 
 
-@pytest.fixture(scope="module")
-def cluster(registered):
-    made = Cluster(registered.uri)
+@contextmanager
+def started(mlflow_url, *options, **variables):
+    made = Cluster(mlflow_url, *options, **variables)
     try:
         made.start()
         yield made
@@ -177,7 +181,14 @@ def cluster(registered):
         made.stop()
         for left in made.members():
             left.kill()
+        shutil.rmtree(place(made.home), ignore_errors=True)
         shutil.rmtree(made.home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(registered):
+    with started(registered.uri) as made:
+        yield made
 
 
 @pytest.fixture
@@ -262,3 +273,26 @@ def test_control_c_ends_everything_and_drains_the_log(champion, trips_schema):
     assert set(load.ids()) <= set(champion.logged(trips_schema))
     assert not list(champion.home.glob("nodes/*/log/ready/*"))
     wait(lambda: not champion.members(), 15, lambda: [one.cmdline() for one in champion.members()])
+
+
+def test_haproxy_in_front_is_closed_and_fails_no_request_when_the_alias_moves(registered):
+    registered.move("trips", "champion", 1)
+    ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("STATS", "METRICS")}
+    with started(registered.uri, "--haproxy", **ports) as cluster:
+        assert "haproxy" in {name for name, _, _ in cluster.listeners()}
+        assert not [at for at in cluster.listeners() if at[1] not in ("127.0.0.1", "::1")]
+        (admin,) = place(cluster.home).glob("*/admin.sock")
+        assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+        assert stat.S_IMODE(place(cluster.home).stat().st_mode) == 0o700
+        with Load(cluster.url) as load, socket.create_connection(("127.0.0.1", cluster.port)) as slow:
+            slow.sendall(b"POST /predict/trips HTTP/1.1\r\n")  # and never the rest of its head
+            load.wait_for(100)
+            registered.move("trips", "champion", 2)
+            wait(lambda: {one[1] for one in load.answers[-40:]} == {2}, 20)
+            slow.settimeout(30)
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        sys.stdout.write(f"\n{len(load.answers)} answers, {len(load.failures)} failures, alias moved behind HAProxy")
+        assert load.failures == []
+        for _, version, found in load.answers:
+            assert {score for _, score in found} == {SCORES[version]}
+        assert cluster.stop() == 0, cluster.log()[-3000:]
