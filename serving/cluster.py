@@ -20,7 +20,10 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions,
 from ray.util import get_node_ip_address
 
 from noria.errors import ServiceError, SettingsError
-from noria.settings import load_settings
+from noria.settings import Settings, load_settings, variables
+from serving.config import Config
+from serving.guard import protection
+from serving.limits import PREFIX
 from serving.replica import Replica
 from serving.rollout import Rollout
 
@@ -56,16 +59,24 @@ class Options(BaseModel):
     """Folder on each node for the log, bundles and the rollout's state."""
     lake: str = ""
     """Where the prediction log goes: a folder that all nodes see, or a URI that deltalake can write to."""
-    providers: Literal["", "auto", "cpu", "cuda"] = ""
+    providers: Literal["", "auto", "cpu", "cuda", "tensorrt"] = ""
+    host: str = "127.0.0.1"
+    """What the ingress listens on: other than loopback needs keys (NORIA_KEYS), or `is_open`."""
+    is_open: bool = False
+    """Let other machines in without a key."""
 
 
 def application(options: Options) -> Application:
-    """What Ray Serve runs. Raises SettingsError when there is no MLflow to follow."""
+    """What Ray Serve runs.
+
+    Raises:
+        SettingsError: there is no MLflow to follow, or others could reach a server that asks for no key.
+    """
     settings = load_settings()
     mlflow_uri = options.mlflow_uri or settings.mlflow_uri
     if not mlflow_uri:
         raise SettingsError("The cluster follows MLflow's aliases and no address is known; set NORIA_MLFLOW_URI.")
-    home = options.home or str(settings.root)
+    home, lake = options.home or str(settings.root), options.lake or str(settings.lake)
     rollout = serve.deployment(
         _on_own_address(Rollout),
         name="rollout",
@@ -75,7 +86,7 @@ def application(options: Options) -> Application:
         max_queued_requests=1000,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
-    ).bind(mlflow_uri, home, settings.poll_seconds)
+    ).bind(mlflow_uri, home, lake, poll_seconds=settings.poll_seconds, load_seconds=settings.load_seconds)
     replica = serve.deployment(
         serve.ingress()(_on_own_address(Replica)),
         name=NAME,
@@ -90,8 +101,17 @@ def application(options: Options) -> Application:
         logging_config={"enable_access_log": False},
         **_size(options),
     )
-    lake = options.lake or str(settings.lake)
-    return replica.bind(rollout, home, lake, options.providers or settings.providers)
+    config = _config(settings, options)
+    return replica.bind(rollout, home, lake, config.to_json(), options.providers or settings.providers)
+
+
+def _config(settings: Settings, options: Options) -> Config:
+    """How the replicas answer, as `noria serve` takes it from the same settings. Raises SettingsError."""
+    guarded = protection(
+        settings, variables(PREFIX), options.host, is_open=options.is_open, workers=max(options.replicas, 1)
+    )
+    acks = dict(part.split("=") for part in settings.acks.split(",") if part.strip())
+    return Config(guarded, settings.ack, {name.strip(): ack.strip() for name, ack in acks.items()})
 
 
 def _on_own_address(kind: type[Any]) -> type[Any]:
@@ -126,7 +146,7 @@ def _size(options: Options) -> dict[str, object]:
     }
 
 
-def start(options: Options, host: str = "127.0.0.1", port: int = 8080) -> str:
+def start(options: Options, port: int = 8080) -> str:
     """Run the application on the Ray that this process is connected to; its address, once it answers.
 
     Raises:
@@ -136,7 +156,7 @@ def start(options: Options, host: str = "127.0.0.1", port: int = 8080) -> str:
     serve.start(
         proxy_location=ProxyLocation.EveryNode,
         http_options=HTTPOptions(
-            host=host, port=port, request_timeout_s=REQUEST_SECONDS, keep_alive_timeout_s=KEEP_ALIVE_SECONDS
+            host=options.host, port=port, request_timeout_s=REQUEST_SECONDS, keep_alive_timeout_s=KEEP_ALIVE_SECONDS
         ),
     )
     try:
@@ -144,7 +164,7 @@ def start(options: Options, host: str = "127.0.0.1", port: int = 8080) -> str:
     except RuntimeError as error:
         reason = " ".join(f"{error} {_said()}".split())[:1500]
         raise ServiceError(f"Ray Serve did not bring the application up: {reason}") from error
-    return f"http://{_reachable(host)}:{port}"
+    return f"http://{_reachable(options.host)}:{port}"
 
 
 def stop() -> None:

@@ -11,7 +11,6 @@ there are and how requests reach them (`serving.cluster`).
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import platform
 import shutil
@@ -26,16 +25,15 @@ from typing import Any, Protocol
 from noria.runtime import Providers
 from registry.manifest import MANIFEST
 from serving.app import App, Receive, Scope, Send
-from serving.capture import Log
-from serving.drain import Drain
+from serving.config import Config
 from serving.engine import Engine
-from serving.metrics import Metrics
+from serving.node_drain import NodeDrain
 from serving.service import Service
 from serving.state import Desired, State
+from serving.worker import METRICS_SECONDS, ROTATE_SECONDS, build
 
 LOOK_SECONDS = 0.5
 """How often the rollout is asked what should serve."""
-ROTATE_SECONDS = 0.5
 DRAIN_SECONDS = 1.0
 START_SECONDS = 120
 """How long a starting replica waits to serve all that the others serve."""
@@ -67,26 +65,29 @@ class Orders:
 class Rollout(Protocol):
     """What a replica asks, over a handle of Ray Serve: each name has a `remote` that can be awaited."""
 
+    join: Any
+    """`join.remote() -> (key, number)`"""
     look: Any
     """`look.remote(replica, states) -> Orders`"""
     files: Any
     """`files.remote(folder) -> dict[str, bytes]`"""
 
 
-def assemble(engine: Engine, log: Log) -> App:
-    """The ASGI app over an engine and a log: the only place that knows what it is made of."""
-    return App(Service(engine, log, Metrics()))
+def assemble(engine: Engine, config: str, node: Path, name: str, number: int) -> Service:
+    """What answers, over an engine: made as a worker of `noria serve` makes it, in the node's folder."""
+    return build(engine, Config.from_json(config), node, name, number)
 
 
 class Replica:
     """Serves until the cluster ends it. All methods but `check_health` run from the ASGI lifespan."""
 
-    def __init__(self, rollout: Rollout, home: str, lake: str, providers: Providers = "auto") -> None:
-        self.rollout, self.name = rollout, uuid.uuid4().hex[:12]
+    def __init__(self, rollout: Rollout, home: str, lake: str, config: str, providers: Providers = "auto") -> None:
+        self.rollout, self.name, self.config = rollout, uuid.uuid4().hex[:12], config
         self.node = Path(home) / "nodes" / platform.node()
-        self.engine, self.log = Engine(providers), Log(self.node / "log", self.name)
-        self.answers = assemble(self.engine, self.log)
+        self.engine = Engine(providers)
         self.drain = NodeDrain(self.node / "log", lake)
+        self.service: Service
+        self.answers: App
         self.unusable = ""
         """Why a version that other replicas serve cannot be served here."""
         self._states: dict[str, State] = {}
@@ -110,6 +111,7 @@ class Replica:
     async def live(self, receive: Receive, send: Send) -> None:
         """The ASGI lifespan: ready when it serves what the others serve, ended when its log is handed over."""
         await receive()
+        await self._join()
         began = time.monotonic()
         while await self._look() and time.monotonic() - began < START_SECONDS:
             await asyncio.sleep(0.1)
@@ -118,7 +120,8 @@ class Replica:
             return
         repeated: dict[str, tuple[Callable[[], Any], float]] = {
             "following": (self._look, LOOK_SECONDS),
-            "rotating": (lambda: asyncio.to_thread(self.log.rotate), ROTATE_SECONDS),
+            "rotating": (lambda: asyncio.to_thread(self.service.log.rotate), ROTATE_SECONDS),
+            "counting": (lambda: asyncio.to_thread(self.service.metrics.dump), METRICS_SECONDS),
             "draining": (lambda: asyncio.to_thread(self.drain.step), DRAIN_SECONDS),
         }
         self._tasks = [asyncio.create_task(_repeat(*what), name=name) for name, what in repeated.items()]
@@ -129,9 +132,24 @@ class Replica:
         await asyncio.to_thread(self._end)
         await send({"type": "lifespan.shutdown.complete"})
 
+    async def _join(self) -> None:
+        """Get what all replicas must agree on, and make the app; waits for the rollout to be there."""
+        while True:
+            try:
+                key, number = await self.rollout.join.remote()
+                break
+            except Exception:  # whatever Ray raises while the rollout starts
+                logger.warning("The rollout does not answer yet.")
+                await asyncio.sleep(1)
+        _keep(self.node / "id.key", key)
+        self.service = assemble(self.engine, self.config, self.node, self.name, number)
+        self.answers = App(self.service)
+
     def _end(self) -> None:
         """Every logged row is handed over; what does not reach the lake now is the next replica's on this node."""
-        self.log.rotate()
+        self.service.log.rotate()
+        self.service.metrics.dump(ended=True)
+        self.service.close()
         self.drain.finish(LAST_DRAIN_SECONDS)
 
     async def _look(self) -> bool:
@@ -160,9 +178,13 @@ class Replica:
         while not (await asyncio.wait({taking}, timeout=1.0))[0]:
             await self._say_alive()
         state = taking.result()
-        workload = order.desired.workload
+        workload, metrics = order.desired.workload, self.service.metrics
         if state.status == "serving":
             self.engine.known[workload] = order.desired
+            model = self.engine.models[workload]
+            if state.replaced is not None and state.replaced != model.version:
+                metrics.unloaded(workload, state.replaced)
+            metrics.loaded(workload, model.version, model.provider)
             self.unusable = ""
         elif order.proven:
             self.unusable = f"Other replicas serve it, this one cannot: {state.reason}"
@@ -202,40 +224,6 @@ class Living:
             await self.replica.answers(scope, receive, send)
 
 
-class NodeDrain:
-    """Moves the node's log into the lake. Each replica has one; whoever holds the folder's lock works, for all."""
-
-    def __init__(self, folder: Path, lake: str) -> None:
-        self.folder, self.lake = folder, lake
-        self._drain: Drain | None = None
-        self._lock = (folder / "drain.lock").open("w")
-
-    def step(self) -> None:
-        """Drain once, unless another replica of this node does."""
-        if self._drain is None and not self._take_over():
-            return
-        assert self._drain is not None
-        self._drain.step()
-
-    def finish(self, seconds: float) -> None:
-        """The last time: also what this replica handed over just now, when nobody else lives to drain it."""
-        deadline = time.monotonic() + seconds
-        while self._drain is None and not self._take_over():
-            if time.monotonic() > deadline or not any((self.folder / "ready").iterdir()):
-                return  # empty, or another replica is at it
-            time.sleep(0.1)
-        self.step()
-        self._lock.close()
-
-    def _take_over(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        self._drain = Drain(self.folder, self.lake)
-        return True
-
-
 async def _repeat(step: Callable[[], Any], seconds: float) -> None:
     """Await `step` again and again; a failure is logged once while it lasts, and the next call tries again."""
     last = ""
@@ -259,6 +247,15 @@ def digest_of(folder: Path) -> str:
     """SHA-256 of a bundle's manifest, which holds those of its files; empty when there is none."""
     path = folder / MANIFEST
     return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _keep(path: Path, key: bytes) -> None:
+    """The cluster's key as this node's, aside and renamed; only its owner may read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{uuid.uuid4().hex}.aside")
+    aside.touch(0o600)
+    aside.write_bytes(key)
+    aside.replace(path)
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -206,6 +206,9 @@ def test_the_same_app_answers_through_ray(champion):
     assert httpx.get(f"{champion.url}/v2/health/ready").json() == {"ready": True}
     assert httpx.post(f"{champion.url}/predict/nothing", json=[RECORD]).status_code == 404
     assert httpx.post(f"{champion.url}/predict/trips", content=b"[" * (11 * 2**20)).status_code == 413
+    label = [{"id": reply.json()["predictions"][0]["id"], "label": 4, "time": "2020-04-01"}]
+    taken = [httpx.post(f"{champion.url}/feedback/trips", json=label).status_code for _ in range(8)]
+    assert taken == [200] * 8  # whichever replica made the id, whichever hears of it
     assert len(champion.replicas()) == 2
     assert not [at for at in champion.listeners() if at[1] not in ("127.0.0.1", "::1")]
 
