@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.cluster import cluster
 from flows.keys import key
 from flows.site import Site, now_of, read_state
 from noria.errors import NoriaError
@@ -131,6 +132,7 @@ def serve(
     run(site.settings, host=host, port=port, mlflow_url=mlflow_url)
 
 
+app.command(rich_help_panel=GROUPS[1])(cluster)
 app.add_typer(key, name="key", rich_help_panel=GROUPS[1])
 
 

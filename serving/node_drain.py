@@ -1,0 +1,48 @@
+"""One drain a node: of the replicas that log into a folder, one moves everybody's segments into the lake.
+
+It holds the folder's lock, which ends with its process; then another one takes over, and adopts what the dead one left
+open. Not here: how a segment goes into the lake exactly once (`serving.drain`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from pathlib import Path
+
+from serving.drain import Drain
+
+
+class NodeDrain:
+    """Moves the node's log into the lake. Each replica has one; whoever holds the folder's lock works, for all."""
+
+    def __init__(self, folder: Path, lake: str) -> None:
+        self.folder, self.lake = folder, lake
+        self._drain: Drain | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "drain.lock").open("w")
+
+    def step(self) -> None:
+        """Drain once, unless another replica of this node does."""
+        if self._drain is None and not self._take_over():
+            return
+        assert self._drain is not None
+        self._drain.step()
+
+    def finish(self, seconds: float) -> None:
+        """The last time: also what this replica handed over just now, when nobody else lives to drain it."""
+        deadline = time.monotonic() + seconds
+        while self._drain is None and not self._take_over():
+            if time.monotonic() > deadline or not any((self.folder / "ready").iterdir()):
+                return  # empty, or another replica is at it
+            time.sleep(0.1)
+        self.step()
+        self._lock.close()
+
+    def _take_over(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        self._drain = Drain(self.folder, self.lake)
+        return True

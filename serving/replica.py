@@ -1,0 +1,271 @@
+"""One replica of the server on a cluster: the same ASGI app, serving what the rollout says, logging on its own node.
+
+    <home>/nodes/<node>/log        the prediction log, as one machine's server writes it
+    <home>/nodes/<node>/bundles    bundles that came over the wire, by version and digest
+
+A replica loads a version beside the one that answers and then replaces it, so an alias change ends no process and drops
+no connection. It imports neither Ray nor MLflow. Not here: what should serve (`serving.rollout`), how many replicas
+there are and how requests reach them (`serving.cluster`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from noria.runtime import Providers
+from registry.manifest import MANIFEST
+from serving.app import App, Receive, Scope, Send
+from serving.config import Config
+from serving.engine import Engine
+from serving.node_drain import NodeDrain
+from serving.service import Service
+from serving.state import Desired, State
+from serving.worker import METRICS_SECONDS, ROTATE_SECONDS, build
+
+LOOK_SECONDS = 0.5
+"""How often the rollout is asked what should serve."""
+DRAIN_SECONDS = 1.0
+START_SECONDS = 120
+"""How long a starting replica waits to serve all that the others serve."""
+LAST_DRAIN_SECONDS = 20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the rollout wants of a replica for one workload."""
+
+    desired: Desired
+    digest: str = ""
+    """SHA-256 of the bundle's manifest: names the files wherever they lie."""
+    proven: bool = False
+    """Another replica serves it already."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the rollout wants of a replica."""
+
+    orders: tuple[Order, ...] = ()
+    wait: bool = False
+    """More will come soon: another replica is trying a first version, or the aliases were not read yet."""
+
+
+class Rollout(Protocol):
+    """What a replica asks, over a handle of Ray Serve: each name has a `remote` that can be awaited."""
+
+    join: Any
+    """`join.remote() -> (key, number)`"""
+    look: Any
+    """`look.remote(replica, states) -> Orders`"""
+    files: Any
+    """`files.remote(folder) -> dict[str, bytes]`"""
+
+
+def assemble(engine: Engine, config: str, node: Path, name: str, number: int) -> Service:
+    """What answers, over an engine: made as a worker of `noria serve` makes it, in the node's folder."""
+    return build(engine, Config.from_json(config), node, name, number)
+
+
+class Replica:
+    """Serves until the cluster ends it. All methods but `check_health` run from the ASGI lifespan."""
+
+    def __init__(self, rollout: Rollout, home: str, lake: str, config: str, providers: Providers = "auto") -> None:
+        self.rollout, self.name, self.config = rollout, uuid.uuid4().hex[:12], config
+        self.node = Path(home) / "nodes" / platform.node()
+        self.engine = Engine(providers)
+        self.drain = NodeDrain(self.node / "log", lake)
+        self.service: Service
+        self.answers: App
+        self.unusable = ""
+        """Why a version that other replicas serve cannot be served here."""
+        self._states: dict[str, State] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._rollout_silent = ""
+
+    def __serve_build_asgi_app__(self) -> Living:
+        """What Ray Serve asks for once this object is made."""
+        return Living(self)
+
+    async def check_health(self) -> None:
+        """Raises RuntimeError when this replica should be replaced. No champion at all is nobody's fault."""
+        if self.unusable:
+            raise RuntimeError(self.unusable)
+        if self.engine.models and not self.engine.ready:
+            raise RuntimeError("A workload that should serve does not.")
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"{task.get_name()} has ended.")
+
+    async def live(self, receive: Receive, send: Send) -> None:
+        """The ASGI lifespan: ready when it serves what the others serve, ended when its log is handed over."""
+        await receive()
+        await self._join()
+        began = time.monotonic()
+        while await self._look() and time.monotonic() - began < START_SECONDS:
+            await asyncio.sleep(0.1)
+        if self.unusable:
+            await send({"type": "lifespan.startup.failed", "message": self.unusable})
+            return
+        repeated: dict[str, tuple[Callable[[], Any], float]] = {
+            "following": (self._look, LOOK_SECONDS),
+            "rotating": (lambda: asyncio.to_thread(self.service.log.rotate), ROTATE_SECONDS),
+            "counting": (lambda: asyncio.to_thread(self.service.metrics.dump), METRICS_SECONDS),
+            "draining": (lambda: asyncio.to_thread(self.drain.step), DRAIN_SECONDS),
+        }
+        self._tasks = [asyncio.create_task(_repeat(*what), name=name) for name, what in repeated.items()]
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.to_thread(self._end)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _join(self) -> None:
+        """Get what all replicas must agree on, and make the app; waits for the rollout to be there."""
+        while True:
+            try:
+                key, number = await self.rollout.join.remote()
+                break
+            except Exception:  # whatever Ray raises while the rollout starts
+                logger.warning("The rollout does not answer yet.")
+                await asyncio.sleep(1)
+        _keep(self.node / "id.key", key)
+        self.service = assemble(self.engine, self.config, self.node, self.name, number)
+        self.answers = App(self.service)
+
+    def _end(self) -> None:
+        """Every logged row is handed over; what does not reach the lake now is the next replica's on this node."""
+        self.service.log.rotate()
+        self.service.metrics.dump(ended=True)
+        self.service.close()
+        self.drain.finish(LAST_DRAIN_SECONDS)
+
+    async def _look(self) -> bool:
+        """Ask once and carry out; whether there is more to come before this replica should answer requests."""
+        try:
+            orders: Orders = await self.rollout.look.remote(self.name, tuple(self._states.values()))
+        except Exception as error:  # whatever Ray raises while the rollout is restarted: what serves goes on serving
+            if str(error) != self._rollout_silent:
+                logger.warning("The rollout does not answer (%s); serving goes on.", type(error).__name__)
+            self._rollout_silent = str(error)
+            return True
+        self._rollout_silent = ""
+        more = orders.wait
+        for order in orders.orders:
+            known = self._states.get(order.desired.workload)
+            if order.desired.version is None:
+                self.engine.known.setdefault(order.desired.workload, order.desired)
+            elif known is None or known.asked != order.desired.asked:
+                await self._carry_out(order)
+                more = True  # what came of it is not said yet
+        return more
+
+    async def _carry_out(self, order: Order) -> None:
+        """Load beside what serves; the rollout hears that this replica lives meanwhile."""
+        taking = asyncio.ensure_future(self._take(order))
+        while not (await asyncio.wait({taking}, timeout=1.0))[0]:
+            await self._say_alive()
+        state = taking.result()
+        workload, metrics = order.desired.workload, self.service.metrics
+        if state.status == "serving":
+            self.engine.known[workload] = order.desired
+            model = self.engine.models[workload]
+            if state.replaced is not None and state.replaced != model.version:
+                metrics.unloaded(workload, state.replaced)
+            metrics.loaded(workload, model.version, model.provider)
+            self.unusable = ""
+        elif order.proven:
+            self.unusable = f"Other replicas serve it, this one cannot: {state.reason}"
+        self._states[workload] = state
+
+    async def _say_alive(self) -> None:
+        try:
+            await self.rollout.look.remote(self.name, ())
+        except Exception:
+            logger.warning("The rollout does not answer; loading goes on.")
+
+    async def _take(self, order: Order) -> State:
+        desired = order.desired
+        folder = Path(desired.folder)
+        if not _is(folder, order.digest):  # another node's path
+            folder = self.node / "bundles" / desired.workload / f"{desired.version}-{order.digest[:16]}"
+            if not _is(folder, order.digest):
+                files = await self.rollout.files.remote(desired.folder)
+                await asyncio.to_thread(_write, folder, files)
+        state = await asyncio.to_thread(self.engine.take, replace(desired, folder=str(folder)))
+        if state.status == "failed" and folder.is_relative_to(self.node):
+            shutil.rmtree(folder, ignore_errors=True)  # the copy may be at fault; the next try fetches it anew
+        return state
+
+
+class Living:
+    """The ASGI app of a replica: the lifespan is the replica's, everything else the app's."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry point."""
+        if scope["type"] == "lifespan":
+            await self.replica.live(receive, send)
+        else:
+            await self.replica.answers(scope, receive, send)
+
+
+async def _repeat(step: Callable[[], Any], seconds: float) -> None:
+    """Await `step` again and again; a failure is logged once while it lasts, and the next call tries again."""
+    last = ""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await step()
+            last = ""
+        except Exception as error:
+            if str(error) != last:
+                logger.exception("A step of this replica failed; it is tried again.")
+            last = str(error)
+
+
+def _is(folder: Path, digest: str) -> bool:
+    """Whether the folder holds the bundle with that manifest; its files are verified when it is loaded."""
+    return digest_of(folder) == digest
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of a bundle's manifest, which holds those of its files; empty when there is none."""
+    path = folder / MANIFEST
+    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _keep(path: Path, key: bytes) -> None:
+    """The cluster's key as this node's, aside and renamed; only its owner may read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{uuid.uuid4().hex}.aside")
+    aside.touch(0o600)
+    aside.write_bytes(key)
+    aside.replace(path)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """A bundle's files, aside and renamed; another replica of the node may write the same."""
+    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    for name, content in files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_bytes(content)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        aside.rename(folder)
+    except OSError:  # another replica was quicker
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""What the replicas of a cluster should serve: one reconciler for all, and one replica tries a new version first.
+
+The reconciler is the one of `noria serve`; what it writes for its worker is handed to replicas here, and what they say
+is written where it reads. A version that the first replica cannot load reaches no other. Replicas get a bundle's files
+from here, so that only this process speaks with MLflow. Not here: Ray (`serving.cluster`), loading (`serving.replica`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.store import Store
+from serving import state
+from serving.ids import read_key
+from serving.reconcile import Reconciler
+from serving.replica import Order, Orders, digest_of
+from serving.state import Desired, State
+
+SILENT_SECONDS = 15
+"""A replica that tries a version and says nothing for so long is taken for dead; another one tries."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trial:
+    """A version that one replica loads before the others may."""
+
+    replica: str
+    began: float
+    heard: float
+
+
+class Rollout:
+    """The registry's word to all replicas. Keeps its state in `<home>/rollout`, and goes on from there."""
+
+    def __init__(self, mlflow_uri: str, home: str, lake: str, *, poll_seconds: float, load_seconds: float) -> None:
+        self.folder, self.bundles = Path(home) / "rollout", Path(home) / "bundles"
+        # Replicas say again what they serve; a copy that was damaged while nothing ran is found by the first.
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        self.reconciler = Reconciler(Store(mlflow_uri), self.bundles, self.folder)
+        # One key for all replicas, where it outlives this process's node if anything does.
+        self.key = read_key(self.folder if "://" in lake else Path(lake) / ".cluster")
+        self._number = int.from_bytes(os.urandom(2))
+        self.polled = False
+        """Whether the aliases were asked for once, with or without an answer."""
+        self._trying: dict[str, Trial] = {}
+        """Who tries a version first, by the reconciler's request."""
+        self._load_seconds = load_seconds
+        self._poll_seconds = poll_seconds
+        self._thread = threading.Thread(target=self._poll, name="reconcile", daemon=True)
+        self._thread.start()
+
+    async def check_health(self) -> None:
+        """Raises RuntimeError when nobody polls the aliases any more."""
+        if not self._thread.is_alive():
+            raise RuntimeError("The thread that polls the aliases has ended.")
+
+    async def join(self) -> tuple[bytes, int]:
+        """For a new replica: the key of the prediction ids, and a number that no other replica has now."""
+        self._number += 1
+        return self.key, self._number
+
+    async def look(self, replica: str, said: tuple[State, ...]) -> Orders:
+        """What `replica` should serve, given what it says of its earlier orders."""
+        wanted = state.read(self.folder / "desired", Desired)
+        for one in said:
+            if one.workload in wanted and wanted[one.workload].asked == one.asked:
+                self._hear(one)
+        orders = [self._order(replica, desired) for desired in wanted.values()]
+        return Orders(tuple(order for order in orders if order is not None), None in orders or not self.polled)
+
+    async def files(self, folder: str) -> dict[str, bytes]:
+        """The files of a fetched bundle. Raises ValueError for any other folder."""
+        root = Path(folder).resolve()
+        if not root.is_relative_to(self.bundles.resolve()):
+            raise ValueError(f"{folder} is no fetched bundle.")
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    def _hear(self, one: State) -> None:
+        """What came of a request; the first word counts."""
+        known = (state.read(self.folder / name, State).get(one.workload) for name in ("state", "failed"))
+        if any(before is not None and before.asked == one.asked for before in known):
+            return
+        if one.status == "serving":
+            state.write(self.folder / "state", one)
+            state.remove(self.folder / "failed", one.workload)
+        else:
+            state.write(self.folder / "failed", one)
+
+    def _order(self, replica: str, desired: Desired) -> Order | None:
+        """What this replica should serve of a workload; None: nothing yet, another one tries its first version."""
+        if desired.version is None:
+            return Order(desired)
+        if self._is(desired, "state"):
+            self._trying.pop(desired.asked, None)
+            return Order(desired, digest_of(Path(desired.folder)), proven=True)
+        if not self._is(desired, "failed") and self._first(replica, desired):
+            return Order(desired, digest_of(Path(desired.folder)))
+        if desired.fallback_version is None:
+            return None
+        asked = f"before-{desired.asked}"
+        before = Desired(desired.workload, desired.fallback_version, desired.fallback_folder, asked)
+        return Order(before, digest_of(Path(before.folder)), proven=True)
+
+    def _is(self, desired: Desired, folder: str) -> bool:
+        found = state.read(self.folder / folder, State).get(desired.workload)
+        return found is not None and found.asked == desired.asked
+
+    def _first(self, replica: str, desired: Desired) -> bool:
+        """Whether this replica is the one that tries; a version that takes too long has failed."""
+        clock = time.monotonic()
+        trial = self._trying.setdefault(desired.asked, Trial(replica, clock, clock))
+        if clock - trial.began > self._load_seconds:
+            reason = f"No replica could load version {desired.version} within {self._load_seconds:g} s."
+            self._hear(State(desired.workload, desired.version or 0, "failed", reason, state.now(), desired.asked))
+            return False
+        if trial.replica != replica and clock - trial.heard < SILENT_SECONDS:
+            return False
+        trial.replica, trial.heard = replica, clock
+        return True
+
+    def _poll(self) -> None:
+        last = ""
+        while True:
+            try:
+                self.reconciler.step()
+                last = ""
+            except Exception as error:
+                if str(error) != last:
+                    logger.exception("Following the aliases failed; it is tried again.")
+                last = str(error)
+            self.polled = True
+            time.sleep(self._poll_seconds)
