@@ -121,6 +121,8 @@ def serve(
     repository: Annotated[
         Path | None, typer.Option(help="Folder of plain models, NAME/VERSION/model.onnx; MLflow is not needed then.")
     ] = None,
+    grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port for gRPC; without it, none.")] = None,
+    is_open: Annotated[bool, typer.Option("--open", help="Let other machines in without a key.")] = False,
 ) -> None:
     """Answer requests with whatever the alias `champion` names, and follow it. `noria up` does this too."""
     from serving.reload import serve as run
@@ -129,7 +131,7 @@ def serve(
     site = Site.here(**{name: value for name, value in given.items() if value is not None})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     mlflow_url = site.settings.mlflow_uri if site.settings.repository else site.address("mlflow_uri")
-    run(site.settings, host=host, port=port, mlflow_url=mlflow_url)
+    run(site.settings, host=host, port=port, mlflow_url=mlflow_url, grpc_port=grpc_port, is_open=is_open)
 
 
 app.command(rich_help_panel=GROUPS[1])(cluster)

@@ -15,8 +15,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -38,13 +38,15 @@ from serving.reconcile import Reconciler
 from serving.repository import LOOK_SECONDS, Repository
 from serving.shadowing import LOOK_SECONDS as SHADOW_SECONDS
 from serving.shadowing import Shadowing
-from serving.supervise import MB, Plan, listen
+from serving.supervise import MB, Plan, listen, reserve
 
 COUNT_SECONDS = 1.0
 DRAIN_SECONDS = 0.3
 LAST_DRAIN_SECONDS = 60
 RETRY_SECONDS = 0.5
 
+Step = tuple[Callable[[], object], float]
+"""What is repeated, and every how many seconds."""
 logger = logging.getLogger(__name__)
 
 
@@ -61,40 +63,46 @@ def serve(
     """
     require(settings.providers, settings.gpu_device)
     config = _config(settings, host, is_open)
-    with _alone(settings.serving):
+    with _alone(settings.serving), ExitStack() as held:
         listener = listen(host, port)
+        if grpc_port is not None:
+            held.enter_context(reserve(host, grpc_port))
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
+        metrics = Metrics(settings.serving / "metrics", f"parent-{uuid.uuid4().hex[:12]}")
         repository = Repository(Path(settings.repository) if settings.repository else None, settings.serving)
         repository.step()  # what lies there at the start is loaded by the first workers
-        metrics = Metrics(settings.serving / "metrics", f"parent-{uuid.uuid4().hex[:12]}")
         fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers, metrics)
         shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving) if mlflow_url else None
         drain = Drain(settings.serving / "log", str(settings.lake), *([shadowing.feed.offer] if shadowing else []))
-        repeated: dict[Callable[[], object], float] = {drain.step: DRAIN_SECONDS, repository.step: LOOK_SECONDS}
-        repeated[partial(_count, metrics, fleet, settings.serving)] = COUNT_SECONDS
+        count = partial(_count, metrics, fleet, settings.serving)
+        steps: list[Step] = [(drain.step, DRAIN_SECONDS), (repository.step, LOOK_SECONDS), (count, COUNT_SECONDS)]
         if shadowing:
             reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
-            repeated |= {reconciler.step: settings.poll_seconds, shadowing.step: SHADOW_SECONDS}
+            steps += [(reconciler.step, settings.poll_seconds), (shadowing.step, SHADOW_SECONDS)]
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
-        threads = [
-            threading.Thread(target=_repeat, args=(step, seconds, stop), name=str(step))
-            for step, seconds in repeated.items()
-        ]
-        for thread in threads:
-            thread.start()
         try:
-            _repeat(fleet.step, None, stop)
+            _work(fleet, steps, stop)
         finally:
-            stop.set()
-            fleet.stop()
-            for thread in threads:
-                thread.join()
             if shadowing:
                 shadowing.stop()
             _drain_rest(drain)
             metrics.dump(ended=True)
+
+
+def _work(fleet: Fleet, steps: Sequence[Step], stop: threading.Event) -> None:
+    """Keep the workers answering until `stop` is set, and repeat each of `steps` in a thread of its own."""
+    threads = [threading.Thread(target=_repeat, args=(step, seconds, stop)) for step, seconds in steps]
+    for thread in threads:
+        thread.start()
+    try:
+        _repeat(fleet.step, None, stop)
+    finally:
+        stop.set()
+        fleet.stop()
+        for thread in threads:
+            thread.join()
 
 
 def _count(metrics: Metrics, fleet: Fleet, folder: Path) -> None:

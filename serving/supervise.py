@@ -51,6 +51,19 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """Keep a port for the workers, who share it with this socket, which never listens. Raises ServiceError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    kept = socket.socket(family, socket.SOCK_STREAM)
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        kept.bind((host, port))
+    except OSError as error:
+        kept.close()
+        raise ServiceError(f"gRPC cannot have {host}:{port} ({error.strerror}). Choose another --grpc-port.") from None
+    return kept
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every worker of a server has in common."""

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import ctypes
 import gc
+import importlib
 import logging
 import os
 import queue
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import psutil
@@ -98,16 +100,29 @@ def _die_with_parent(number: int) -> None:
 
 
 class Server(uvicorn.Server):
-    """Says when it accepts. How connections end with it is their own business (`serving.http`)."""
+    """HTTP, and gRPC where it has a port. How HTTP connections end is their own business (`serving.http`)."""
 
-    def __init__(self, config: uvicorn.Config, accepting: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, accepting: Callable[[], None], service: Service, grpc: int | None
+    ) -> None:
         super().__init__(config)
-        self.accepting = accepting
+        self.accepting, self.service, self.grpc = accepting, service, grpc
+        self._rpc: Any = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept."""
+        """Begin to accept, and say so."""
+        if self.grpc is not None and sockets:
+            rpc = importlib.import_module("serving.rpc")  # 25 MB that a server without the port does without
+            self._rpc, _ = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc)
         await super().startup(sockets)
         self.accepting()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is asked."""
+        endings = [super().shutdown(sockets)]
+        if self._rpc is not None:
+            endings.append(self._rpc.stop(GRACE_SECONDS))
+        await asyncio.gather(*endings)
 
 
 async def run(server: Server, listener: socket.socket, service: Service, folder: Path) -> None:
@@ -206,7 +221,7 @@ def main() -> None:
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     config.load()
-    server = Server(config, lambda: parent.tell(accepting=True))
+    server = Server(config, lambda: parent.tell(accepting=True), service, given.grpc)
     load(parent, engine, Path(parent.hear()))
     for model in engine.models.values():
         service.metrics.loaded(model.workload, model.version, model.provider)
