@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 
+import grpc
 import httpx
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from serving.app import App
 from serving.config import Config
 from serving.engine import Engine
 from serving.http import protocol
+from serving.messages import MESSAGES, METHODS
 from serving.rpc import start
 from serving.state import Desired
 from serving.worker import build
@@ -165,6 +167,27 @@ def test_grpc_codes(running):
             assert code in caught.value.status()
         with pytest.raises(triton_grpc.InferenceServerException, match="There is no workload"):
             client.is_model_ready("nobody")
+
+
+def test_grpc_answers_in_the_form_of_the_request(running):
+    """Typed contents get typed contents, raw ones raw ones; FP16 has no typed form."""
+    request, response = (MESSAGES[name] for name in METHODS["ModelInfer"])
+    with grpc.insecure_channel(running.grpc) as channel:
+        infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        typed = request(model_name="same_fp32")
+        typed.inputs.add(name="x", datatype="FP32", shape=[1, 3]).contents.fp32_contents.extend([1, 2, 3])
+        answer = infer(typed)
+        assert not answer.raw_output_contents
+        assert list(answer.outputs[0].contents.fp32_contents) == [1, 2, 3]
+        raw = request(model_name="same_fp32", raw_input_contents=[np.arange(3, dtype=np.float32).tobytes()])
+        raw.inputs.add(name="x", datatype="FP32", shape=[1, 3])
+        answer = infer(raw)
+        assert not answer.outputs[0].HasField("contents")
+        assert answer.raw_output_contents == raw.raw_input_contents
 
 
 def test_a_workload_by_every_encoding(running):

@@ -127,3 +127,19 @@ def test_the_header_is_a_number(value):
     with pytest.raises(Refusal, match="must be a number"):
         binary.header_length(value)
     assert binary.header_length(b"120") == 120
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(NUMPY)), st.integers(0, 60), st.integers(1, 4), st.integers(0, 4))
+def test_sizes_that_do_not_agree_with_the_shape_are_refused(identity_model, datatype, size, rows, wide):
+    """The size is what lies there; whether it is the shape's is another question."""
+    model = identity_model(datatype, (-1, -1))
+    entry = {"name": "x", "datatype": datatype, "shape": [rows, wide], "parameters": {"binary_data_size": size}}
+    head = orjson.dumps({"inputs": [entry]})
+    width = 4 if datatype == "BYTES" else np.dtype(NUMPY[datatype]).itemsize  # zeros are empty strings
+    if size == rows * wide * width:
+        assert decode_infer(head + b"\0" * size, model, len(head)).rows.tensors["x"].shape == (rows, wide)
+    else:
+        with pytest.raises(Refusal) as caught:
+            decode_infer(head + b"\0" * size, model, len(head))
+        assert caught.value.status == 400
