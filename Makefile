@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup demo up test unit lint bench clean
+.PHONY: setup demo up test unit lint bench bench-serving soak clean
 
 # The lock is the tested set. torch comes first and by its exact version: on Linux a bare `torch` may bring CUDA's gigabytes.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/clients.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "noria needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the tested set into $(VENV) (about 3 minutes and 3 GB, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/clients.txt
 	@touch $@
 
 setup: $(VENV)/.installed
@@ -36,7 +37,15 @@ lint: setup
 	@$(BIN)/lint-imports
 
 bench: setup
-	@for one in export serving training; do $(BIN)/python -m benchmarks.$$one || exit 1; done
+	@for one in export training; do $(BIN)/python -m benchmarks.$$one || exit 1; done
+
+# Peers are installed into ~/.cache/noria/peers (3.5 GB, once); needs wrk. Leave the machine alone meanwhile.
+bench-serving: setup
+	@$(BIN)/python -m benchmarks.serving $(ARGS)
+
+# 100 swaps under load and 100 kills; about half an hour. ARGS="--swaps 3 --kills 2" is the short form.
+soak: setup
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache test-artifacts story

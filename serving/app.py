@@ -19,7 +19,7 @@ from serving.limits import Limits
 from serving.operate import is_operation, operate
 from serving.routes import hot, is_version
 from serving.service import WANTED, Request, Service, too_large
-from serving.tensors import metadata
+from serving.tensors import EXTENSIONS, metadata
 from serving.wire import Answer, Refusal, as_json, refused
 
 Scope = MutableMapping[str, Any]
@@ -43,7 +43,7 @@ class App:
             "/docs": lambda _: self._html(pages.docs(service.engine)),
             "/openapi.json": lambda _: as_json(openapi.describe(service.engine.models.values())),
             "/status": lambda _: service.status(),
-            "/v2": lambda _: as_json({"name": "noria", "version": installed("noria"), "extensions": []}),
+            "/v2": lambda _: as_json({"name": "noria", "version": installed("noria"), "extensions": EXTENSIONS}),
             "/v2/health/live": lambda _: as_json({"live": True}),
             "/v2/health/ready": lambda _: self._ready(service.engine.ready, "ready"),
         }

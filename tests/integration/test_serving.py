@@ -210,11 +210,15 @@ def running(registered, mlflow, tmp_path_factory):
 @pytest.fixture
 def server(running, registered):
     """A server that answers with version 1."""
+    started = running.process is not None and running.process.poll() is None
+    before = running.version() if started else 1
     registered.move("trips", "champion", 1)
-    registered.drop("trips", "previous")
-    if running.process is None or running.process.poll() is not None:
+    if not started:
         running.start()
     wait(lambda: running.version() == 1, 30, running.log()[-3000:])
+    if before not in (1, None):  # the server says so in the registry a moment after it has swapped
+        wait(lambda: _previous(registered) == before, 10, "the alias previous")
+    registered.drop("trips", "previous")
     return running
 
 
