@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from noria.settings import load_settings
@@ -52,7 +52,11 @@ def test_a_dash_is_standard_output():
     assert json.loads(said.stdout)["key"] == "shop"
 
 
-@given(st.text(), st.text())
+ANY = st.text(st.characters(exclude_categories=()))  # lone surrogates, too
+
+
+@example("/\ud800", "\udfff")
+@given(ANY, ANY)
 def test_whatever_a_client_chose_makes_one_line(tmp_path_factory, path, name):
     log = AccessLog(file := tmp_path_factory.mktemp("log") / "access.jsonl")
     log.add(LINE._replace(path=path, request=name))

@@ -128,6 +128,13 @@ def test_a_bomb_costs_less_than_twice_the_bound_and_a_second(encoding):
     assert seconds < 1
 
 
+def test_no_piece_is_larger_than_what_is_allowed():
+    body = zlib.compress(bytes(16 * MIB))
+    found, held, _ = peak(lambda: status(inflate, body, b"deflate", Limits(inflated_bytes=MIB)))
+    assert found == 413
+    assert held < 4 * MIB
+
+
 def test_what_is_just_allowed_costs_less_than_twice_its_size():
     body = gzip.compress(bytes(64 * MIB), 1)
     found, held, _ = peak(lambda: inflate(body, b"gzip", Limits(ratio=1100)))
@@ -170,6 +177,13 @@ def test_hiding_the_nesting_does_not_help(opens):
     check_depth(b"[" + opens * 60)
     assert status(check_depth, opens * 70) == 400
     assert status(check_depth, b"[1]," * 70_000 + opens * 70) == 400
+    assert status(check_depth, opens * 40 + b'[1],"]",' * 50_000 + opens * 40) == 400
+
+
+def test_what_is_closed_in_the_end_is_nested_all_the_same():
+    assert status(check_depth, b'{"a":' * 70 + b"1" + b"}" * 70) == 400
+    assert status(check_depth, b"[" * 70 + b"]" * 70) == 400
+    check_depth(b'{"a":' * 64 + b"1" + b"}" * 64)
 
 
 @example("[" * 65)

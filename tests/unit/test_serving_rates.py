@@ -57,6 +57,12 @@ def test_the_wait_that_is_told_is_enough_and_no_more():
     assert buckets.take("a", 4, wait) == 0
 
 
+def test_time_without_requests_saves_up_no_more_than_a_second():
+    rates = Rates(3)
+    assert passes(rates, key(), 0.0)
+    assert [passes(rates, key(), 1000.0) for _ in range(4)] == [True, True, True, False]
+
+
 def test_a_keys_own_rate_wins_and_keys_do_not_share():
     rates = Rates(1)
     assert [passes(rates, key(3), 0.0) for _ in range(4)] == [True, True, True, False]
