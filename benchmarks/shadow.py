@@ -101,7 +101,7 @@ def contents_of(model: bytes) -> Contents:
 
 async def ask(port: int, seconds: float, body: bytes) -> tuple[float, float]:
     """Requests/s and the 99th percentile of the latency in ms."""
-    head = f"POST /predict/bench HTTP/1.1\r\nhost: here\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /predict/bench HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     latencies: list[float] = []
     end = time.monotonic() + seconds
 
