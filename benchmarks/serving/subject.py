@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks.serving.environments import Unavailable
 from benchmarks.serving.processes import Served, ask, free_port, running
+from noria.settings import Settings
 from registry.bundle import Contents
 from registry.promote import promote
 from registry.store import Store
@@ -72,6 +74,9 @@ def _serve(
     arguments: list[str], home: Path, port: int, right: Callable[[int], str], core: int | None,
     variables: Mapping[str, str] | None,
 ) -> AbstractContextManager[Served]:  # fmt: skip
+    for variable in variables or {}:  # one that noria does not read would compare a thing with itself
+        if variable.removeprefix("NORIA_").lower() not in Settings.model_fields:
+            raise Unavailable(f"This noria has no setting {variable}.")
     home.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "flows.cli", "serve", *arguments, "--port", str(port)]
     settings = {
