@@ -203,6 +203,9 @@ class Reconciler:
             unmoved = named.get("champion"), named.get("previous")
             if unmoved == (pending.desired.version, pending.previous) and replaced != pending.previous:
                 self.store.move(workload, "previous", replaced)
+                # A promotion of just that version may have come between: then the way back leads to this one.
+                if aliases(self.store).get(workload, {}).get("champion") == replaced:
+                    self.store.move(workload, "previous", pending.desired.version or 0)
         except RegistryError as error:
             logger.warning("The alias previous of %s could not be set: %s", workload, error)
 

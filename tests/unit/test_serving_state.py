@@ -1,0 +1,86 @@
+"""The files of a server: generations, what came of them, orders, and bundles that nobody needs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from noria.errors import ServiceError
+from serving import generation, orders, state
+from serving.engine import Engine
+from serving.generation import Generation
+from serving.ledger import Ledger
+from serving.state import Desired, State
+from serving.sweep import sweep
+
+
+def test_a_generation_comes_back_as_it_was_written(tmp_path):
+    made = Generation(7, {"a": Desired("a", 2, "/bundles/a/2", "x", fallback_version=1, fallback_folder="/b")}, ("c",))
+    path = generation.write(tmp_path, made)
+    assert generation.read(path) == made
+    generation.write(tmp_path, Generation(8))
+    assert generation.numbers(tmp_path) == [7, 8]
+    generation.prune(tmp_path, {8})
+    assert generation.numbers(tmp_path) == [8]
+    path.write_text("[]")
+    with pytest.raises(ServiceError, match="not readable as a generation"):
+        generation.read(path)
+
+
+def test_what_cannot_be_loaded_falls_back_or_is_missing():
+    entry = Desired("a", 2, "/two", "x", fallback_version=1, fallback_folder="/one")
+    first = Generation(1, {"a": entry, "b": Desired("b", 5, "/five")})
+    second = first.without(2, "a")
+    assert (second.entries["a"].version, second.entries["a"].folder, second.missing) == (1, "/one", ())
+    third = second.without(3, "a")
+    assert (set(third.entries), third.missing) == ({"b"}, ("a",))
+    assert third.changed(4, "a", entry).missing == ()
+
+
+def test_a_server_is_ready_when_nothing_that_should_serve_is_missing():
+    engine = Engine("cpu", models={"b": object()}, known={"a": Desired("a", 2), "b": Desired("b", 1)})
+    assert engine.ready, "a version that is asked for while this process answers does not take it out of service"
+    engine.missing = ("a",)
+    assert not engine.ready
+    engine.known["a"] = Desired("a", None)
+    assert engine.ready
+
+
+def test_the_ledger_says_since_when_and_what_was_replaced(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.settled({"a": Desired("a", 1, "/one", "x")})
+    first = state.read(tmp_path / "state", State)["a"]
+    ledger.settled({"a": Desired("a", 1, "/one", "y")})
+    assert state.read(tmp_path / "state", State)["a"] == State("a", 1, "serving", "", first.since, "y")
+    ledger.failed(Desired("a", 2, "/two", "z"), Generation(1, {"a": Desired("a", 1)}), "It hangs.")
+    ledger.settled({"a": Desired("a", 1, "/one", "back")})
+    refused = state.read(tmp_path / "failed", State)["a"]
+    assert (refused.version, refused.reason, refused.replaced) == (2, "It hangs.", 1)
+    ledger.settled({"a": Desired("a", 3, "/three", "w")})
+    assert state.read(tmp_path / "failed", State) == {}
+    assert state.read(tmp_path / "state", State)["a"].replaced == 1
+    assert state.swaps(tmp_path) == {"a": {"serving": 2, "failed": 1}}
+
+
+def test_an_order_waits_for_its_outcome(tmp_path):
+    key = orders.order(tmp_path, "model", load=True)
+    assert [(one.key, one.name, one.load) for one in orders.waiting(tmp_path)] == [(key, "model", True)]
+    threading.Timer(0.2, orders.answer, (tmp_path, key, "It does not load.")).start()
+    assert orders.wait(tmp_path, key, 10) == orders.Outcome(False, "It does not load.")
+    assert list((tmp_path / "orders").iterdir()) == []
+    late = orders.wait(tmp_path, orders.order(tmp_path, "model", load=False), 0.1)
+    assert "did not act within 0.1 s" in late.reason
+
+
+def test_bundles_that_are_named_new_or_young_stay(tmp_path):
+    old = time.time() - 3600
+    for number in range(1, 7):
+        (tmp_path / "trips" / str(number)).mkdir(parents=True)
+        if number != 3:
+            os.utime(tmp_path / "trips" / str(number), (old, old))
+    removed = sweep(tmp_path, {"trips": {2}}, young=600)
+    assert sorted(path.name for path in removed) == ["1", "4"]
+    assert sorted(path.name for path in (tmp_path / "trips").iterdir() if path.is_dir()) == ["2", "3", "5", "6"]
