@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     access_log: str = ""
     """File that gets a JSON line for every answer of the server, `-` for standard output; empty: none."""
 
+    batching: bool = True
+    """False: every request runs alone, to measure what batching brings."""
+
     ack: Literal["fast", "durable"] = "fast"
     """When a prediction is answered: `fast`, once the operating system has its log (a killed process loses nothing, a
     power cut up to half a second); `durable`, once the disk has it."""

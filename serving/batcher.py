@@ -29,6 +29,9 @@ PATIENCE = 1.1
 what takes long once is somebody else's use of the machine."""
 MOST_WAITING = 1024
 """Requests of one model that may wait; one more is refused at once."""
+WAIT_SECONDS = 0.1
+WAIT_BATCHES = 2
+"""A request that would wait longer than this, and than so many batches, is refused at once."""
 RETRY = ((b"retry-after", b"1"),)
 
 
@@ -42,25 +45,37 @@ class Lane:
     seconds: dict[int, float] = field(default_factory=dict)
     """What batches took from bytes to bytes, by the number of bits of their size in bytes."""
 
+    each: float = 0.0
+    """Seconds that a request took lately, in batches."""
+    longest: float = 0.0
+    """Seconds that a batch took lately."""
+
+    def late(self) -> bool:
+        """Whether a request that came now would wait too long: it is better told at once."""
+        return len(self.queue) * self.each > max(WAIT_SECONDS, WAIT_BATCHES * self.longest)
+
     def expected(self, size: int, run: float) -> float:
         """Seconds that a batch of so many bytes will take, whose run alone takes `run`."""
         known = self.seconds.get(size.bit_length())
         return run + FIRST_RATE * size if known is None else known
 
-    def learn(self, size: int, elapsed: float) -> None:
-        """A batch of so many bytes took so long."""
-        bits = size.bit_length()
+    def learn(self, size: int, elapsed: float, calls: int) -> None:
+        """A batch of so many bytes and calls took so long."""
+        bits, each = size.bit_length(), elapsed / max(calls, 1)
         self.seconds[bits] = min(elapsed, PATIENCE * self.seconds.get(bits, elapsed))
+        self.each = min(each, PATIENCE * (self.each or each))
+        self.longest = min(elapsed, PATIENCE * (self.longest or elapsed))
 
 
 class Batcher:
     """Queues and runs. Everything but `Batcher._process` happens in the event loop."""
 
-    def __init__(self, engine: Engine, recorder: Recorder, most_waiting: int = MOST_WAITING) -> None:
-        self.engine, self.recorder, self.most_waiting = engine, recorder, most_waiting
+    def __init__(
+        self, engine: Engine, recorder: Recorder, most_waiting: int = MOST_WAITING, *, batching: bool = True
+    ) -> None:
+        """`batching` false: every request runs alone, to measure what batching brings."""
+        self.engine, self.recorder, self.most_waiting, self.batching = engine, recorder, most_waiting, batching
         self.lanes: dict[str, Lane] = {}
-        self.batching = True
-        """False: every request runs alone (to measure what batching brings)."""
         self._thread = ThreadPoolExecutor(1, "batch")
 
     def submit(self, call: Call) -> None:
@@ -72,8 +87,8 @@ class Batcher:
                 call.reply(refused(self.engine.refusal(call.workload)))
                 return
             lane = self.lanes[call.workload] = Lane(call.workload)
-        if len(lane.queue) >= self.most_waiting:
-            sentence = f"{call.workload} has {self.most_waiting} requests waiting; try again in a second."
+        if len(lane.queue) >= self.most_waiting or lane.late():
+            sentence = f"{call.workload} has {len(lane.queue)} requests waiting; try again in a second."
             self.recorder.refused(call, "queue_full")
             call.reply(refused(Refusal(503, sentence, RETRY)))
             return
@@ -128,7 +143,7 @@ class Batcher:
         """Run a batch and remember what it took."""
         began = time.perf_counter()
         runs = execute(model, calls, self.recorder, together=self.batching)
-        lane.learn(sum(call.size for call in calls), time.perf_counter() - began)
+        lane.learn(sum(call.size for call in calls), time.perf_counter() - began, len(calls))
         return runs
 
 

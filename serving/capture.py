@@ -1,6 +1,7 @@
 """The prediction log, on the side of the worker: every answered prediction and every label, written before the answer.
 
-A workload's rows go to an open segment (a file of JSON lines, columns as lists). Each batch is one `write`, so what
+A workload's rows go to an open segment (a file of JSON lines, columns as lists; the bytes of a plain model's tensors
+follow their line). Each batch is one `write`, so what
 was answered is in the operating system's memory and outlives a killed worker; `sync` brings it onto the disk, where
 it outlives a power cut, too. Segments are synced and handed over by renaming:
 
@@ -28,6 +29,8 @@ from noria.runtime import SCORE
 from serving.model import Model
 from serving.rawlog import describe, pack
 
+MOST_PARTS = 512
+"""Pieces that one write gathers; systems take 1,024."""
 FLAGS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 
 
@@ -76,19 +79,22 @@ class Log:
         """Log the answered rows of a batch; row i has the i-th id of `base` (`serving.ids`). Returns whether it
         could."""
         line: dict[str, Any] = {"v": model.version, "i": f"{base:x}", "t": times, "ms": round(latency_ms, 3)}
+        parts: list[memoryview] = []
         if model.bundle is None:
-            line |= {"in": pack(tensors, model.inputs), "out": pack(outputs, model.outputs)}
+            (line["in"], parts), (line["out"], others) = pack(tensors, model.inputs), pack(outputs, model.outputs)
+            parts += others
+            line["raw"] = sum(map(len, parts))
         else:
             line["s"] = outputs[SCORE]
             line["c"] = {
                 name: values.tolist() if values.dtype == object else values for name, values in tensors.items()
             }
             line["a"] = actions if actions and actions[0] is not None else None
-        return self._write(model.workload, len(times), orjson.dumps(line, option=FLAGS), model)
+        return self._write(model.workload, len(times), [orjson.dumps(line, option=FLAGS), *parts], model)
 
     def labels(self, workload: str, ids: Sequence[str], labels: Sequence[float], times: np.ndarray) -> bool:
         """Log labels; `times` is when each arrived, microseconds [n]. Returns whether they could be."""
-        return self._write(workload, len(ids), orjson.dumps({"id": ids, "y": labels, "t": times}, option=FLAGS))
+        return self._write(workload, len(ids), [orjson.dumps({"id": ids, "y": labels, "t": times}, option=FLAGS)])
 
     def sync(self) -> None:
         """Bring what was written onto the disk itself, so that it outlives a power cut; a failure is noted."""
@@ -130,14 +136,14 @@ class Log:
                 count[1] += 1
         return {workload: (rows, segments) for workload, (rows, segments) in found.items()}
 
-    def _write(self, workload: str, rows: int, line: bytes, model: Model | None = None) -> bool:
+    def _write(self, workload: str, rows: int, parts: list[Any], model: Model | None = None) -> bool:
         with self._lock:
             try:
                 segment = self._segments.get(workload) or self._open(workload)
                 if model is not None and model.version not in segment.versions:
-                    line = orjson.dumps(_header(model), option=FLAGS) + line
+                    parts.insert(0, orjson.dumps(_header(model), option=FLAGS))
                     segment.versions.add(model.version)
-                self._append(segment, line)
+                self._append(segment, parts)
                 segment.rows += rows
                 segment.dirty = True
                 self.failure = ""
@@ -149,12 +155,24 @@ class Log:
                     self._abandon(workload)
                 return False
 
-    def _append(self, segment: Segment, line: bytes) -> None:
-        written = os.write(segment.descriptor, line)
-        if written != len(line):
+    def _append(self, segment: Segment, parts: list[Any]) -> None:
+        size = sum(map(len, parts))
+        written = os.write(segment.descriptor, parts[0]) if len(parts) == 1 else self._gather(segment, parts)
+        if written != size:
             os.ftruncate(segment.descriptor, segment.size)
             raise OSError(28, "no space is left on the disk")
         segment.size += written
+
+    def _gather(self, segment: Segment, parts: list[Any]) -> int:
+        """One write of all parts, or of as many at once as the system takes."""
+        written = 0
+        for start in range(0, len(parts), MOST_PARTS):
+            some = parts[start : start + MOST_PARTS]
+            count = os.writev(segment.descriptor, some)
+            written += count
+            if count != sum(map(len, some)):
+                break
+        return written
 
     def _open(self, workload: str) -> Segment:
         while True:

@@ -20,10 +20,8 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions,
 from ray.util import get_node_ip_address
 
 from noria.errors import ServiceError, SettingsError
-from noria.settings import Settings, load_settings, variables
-from serving.config import Config
-from serving.guard import protection
-from serving.limits import PREFIX
+from noria.settings import load_settings
+from serving.configure import configure
 from serving.replica import Replica
 from serving.rollout import Rollout
 
@@ -101,17 +99,8 @@ def application(options: Options) -> Application:
         logging_config={"enable_access_log": False},
         **_size(options),
     )
-    config = _config(settings, options)
+    config = configure(settings, options.host, is_open=options.is_open, workers=options.replicas)
     return replica.bind(rollout, home, lake, config.to_json(), options.providers or settings.providers)
-
-
-def _config(settings: Settings, options: Options) -> Config:
-    """How the replicas answer, as `noria serve` takes it from the same settings. Raises SettingsError."""
-    guarded = protection(
-        settings, variables(PREFIX), options.host, is_open=options.is_open, workers=max(options.replicas, 1)
-    )
-    acks = dict(part.split("=") for part in settings.acks.split(",") if part.strip())
-    return Config(guarded, settings.ack, {name.strip(): ack.strip() for name, ack in acks.items()})
 
 
 def _on_own_address(kind: type[Any]) -> type[Any]:

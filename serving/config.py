@@ -16,6 +16,8 @@ class Config:
 
     protection: Protection | None = None
     """Who may ask for what; None: everybody for everything, with the default limits."""
+    batching: bool = True
+    """False: every request runs alone."""
     ack: str = "fast"
     """`durable`: an answer is sent after its log is on the disk. `fast`: after the operating system has it."""
     acks: Mapping[str, str] = field(default_factory=dict)

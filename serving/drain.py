@@ -24,7 +24,7 @@ from noria.column import ARROW, Column
 from noria.lake import Lake
 from noria.schema import Schema
 from serving.ids import expand
-from serving.rawlog import columns
+from serving.rawlog import columns, unpack
 
 MOST_ROWS = 100_000
 """Rows that one append takes, about."""
@@ -246,14 +246,23 @@ def _array(kind: str, values: list[Any]) -> np.ndarray:
 
 
 def _lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a segment, and how many cannot be read besides a torn last one."""
-    *whole, _torn = content.split(b"\n")
-    lines, broken = [], 0
-    for line in whole:
+    """The lines of a segment with the bytes that belong to them, and how many cannot be read besides a torn end."""
+    lines, broken, start, whole = [], 0, 0, memoryview(content)
+    while (end := content.find(b"\n", start)) >= 0:
         try:
-            lines.append(orjson.loads(line))
+            line = orjson.loads(whole[start:end])
         except orjson.JSONDecodeError:
             broken += 1
+            start = end + 1
+            continue
+        start = end + 1
+        if "raw" in line:
+            tail = whole[start : start + line["raw"]]
+            if len(tail) < line["raw"]:
+                break
+            start += line["raw"]
+            line = unpack(line, tail)
+        lines.append(line)
     return lines, broken
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import overload
 
 MOST_ROWS = 0xFFFF
 """Rows that the ids of one batch can tell apart."""
@@ -64,13 +65,37 @@ class Ids:
         return int.from_bytes(digest, "big") >> (32 - MAC_BITS)
 
 
-def expand(base: int, rows: int) -> list[str]:
+class Range(Sequence[str]):
+    """The ids of a batch, or of some of its rows, made when they are looked at: a plain model's rarely are."""
+
+    __slots__ = ("head", "mac", "rows")
+
+    def __init__(self, head: str, mac: str, rows: range) -> None:
+        self.head, self.mac, self.rows = head, mac, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Range: ...
+
+    def __getitem__(self, index: int | slice) -> str | Range:
+        if isinstance(index, slice):
+            return Range(self.head, self.mac, self.rows[index])
+        return f"{self.head}{self.rows[index]:04x}{self.mac}"
+
+    def __iter__(self) -> Iterator[str]:
+        head, mac = self.head, self.mac
+        return iter([f"{head}{row:04x}{mac}" for row in self.rows])
+
+
+def expand(base: int, rows: int) -> Range:
     """The ids of a batch, [rows]."""
     name = f"{base:032x}"
-    if rows == 1:
-        return [name]
-    head, mac = name[:21], name[25:]
-    return [f"{head}{row:04x}{mac}" for row in range(rows)]
+    return Range(name[:21], name[25:], range(rows))
 
 
 def read_key(folder: Path) -> bytes:

@@ -7,7 +7,6 @@ input is a column `input_NAME`, each output `output_NAME`: one value a row, or a
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,22 +34,38 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def pack(tensors: Mapping[str, np.ndarray], entries: Sequence[Tensor]) -> dict[str, Any]:
-    """Arrays as JSON can hold them: base64 of the bytes, or the strings."""
-    return {
-        one.name: tensors[one.name].ravel().tolist()
-        if one.datatype == "BYTES"
-        else b64encode(np.ascontiguousarray(tensors[one.name]).data).decode()
-        for one in entries
-    }
+def pack(values: Mapping[str, np.ndarray], entries: Sequence[Tensor]) -> tuple[list[Any], list[memoryview]]:
+    """What the line says of the tensors, in their order: how many bytes follow, or the strings themselves; and the
+    bytes."""
+    said: list[Any] = []
+    parts: list[memoryview] = []
+    for one in entries:
+        array = values[one.name]
+        if one.datatype == "BYTES":
+            said.append(array.ravel().tolist())
+        else:
+            parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            said.append(array.nbytes)
+    return said, parts
+
+
+def unpack(line: dict[str, Any], tail: memoryview) -> dict[str, Any]:
+    """The line with the bytes that follow it in place of their numbers."""
+    start = 0
+    for key in ("in", "out"):
+        for index, said in enumerate(line[key]):
+            if isinstance(said, int):
+                line[key][index] = tail[start : start + said]
+                start += said
+    return line
 
 
 def columns(lines: Sequence[Mapping[str, Any]], described: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
     """The lake's columns for lines of one version that hold `rows` rows together."""
     found = {}
     for kind, key in (("inputs", "in"), ("outputs", "out")):
-        for name, datatype in described[kind]:
-            found[f"{kind[:-1]}_{name}"] = _column([line[key][name] for line in lines], datatype, lines, rows)
+        for index, (name, datatype) in enumerate(described[kind]):
+            found[f"{kind[:-1]}_{name}"] = _column([line[key][index] for line in lines], datatype, lines, rows)
     return found
 
 
@@ -59,7 +74,7 @@ def _column(packed: Sequence[Any], datatype: str, lines: Sequence[Mapping[str, A
         parts = [np.array(values, np.object_) for values in packed]
         flat = pa.array(np.concatenate(parts), pa.string())
     else:
-        parts = [np.frombuffer(b64decode(text), NUMPY[datatype]) for text in packed]
+        parts = [np.frombuffer(part, NUMPY[datatype]) for part in packed]
         flat = pa.array(np.concatenate(parts))
         if datatype in SIGNED:
             flat = flat.cast(SIGNED[datatype])

@@ -81,7 +81,7 @@ class Service:
         self.guard = Guard(self.config.protection) if self.config.protection else None
         records = Records(log, ids, metrics, tracer, self.config.durable)
         self.commit = records.commit
-        self.batcher = Batcher(engine, records, self.limits.queue)
+        self.batcher = Batcher(engine, records, self.limits.queue, batching=self.config.batching)
         self.threads = ThreadPoolExecutor(2, "feedback")
 
     def accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:

@@ -182,11 +182,11 @@ def test_long_batches_leave_the_loop(service):
 
 def test_one_slow_batch_does_not_decide_the_next():
     lane = Lane("m")
-    lane.learn(100, 0.0001)
-    lane.learn(100, 5.0)  # the machine was busy
+    lane.learn(100, 0.0001, 1)
+    lane.learn(100, 5.0, 1)  # the machine was busy
     assert lane.expected(100, 0) <= INLINE_SECONDS
     for _ in range(60):
-        lane.learn(100, 5.0)
+        lane.learn(100, 5.0, 1)
     assert lane.expected(100, 0) > INLINE_SECONDS
     assert lane.expected(50_000, 0.5) > 0.5  # nothing is known of this size but the run
 

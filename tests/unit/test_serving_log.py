@@ -49,7 +49,7 @@ def put(log, model, records=RECORDS, version=1, workload="trips"):
         replace(model, version=version, workload=workload), base=base, tensors=rows.tensors, outputs={"score": scores},
         times=rows.times, actions=["short"] * len(records), latency_ms=0.5,
     )  # fmt: skip
-    return expand(base, len(records))
+    return list(expand(base, len(records)))
 
 
 def test_rows_come_out_as_they_were_sent(place, model, trips_schema):
