@@ -9,8 +9,10 @@ The only module of this room that imports Ray. Not here: starting Ray (`flows.cl
 
 from __future__ import annotations
 
+import time
 from ipaddress import ip_address
 from typing import Any, Literal
+from urllib.request import urlopen
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -32,6 +34,8 @@ KEEP_ALIVE_SECONDS = 5
 GRACE_SECONDS = 30.0
 """How long a replica may finish what it is answering and hand over its log."""
 RETRY_AFTER_SECONDS = 1.0
+INGRESS_SECONDS = 60
+"""How long the ingress may take to answer once the replicas run."""
 
 
 class Options(BaseModel):
@@ -153,13 +157,29 @@ def start(options: Options, port: int = 8080) -> str:
     except RuntimeError as error:
         reason = " ".join(f"{error} {_said()}".split())[:1500]
         raise ServiceError(f"Ray Serve did not bring the application up: {reason}") from error
-    return f"http://{_reachable(options.host)}:{port}"
+    url = f"http://{_reachable(options.host)}:{port}"
+    _wait(f"{url}/v2/health/live")
+    return url
 
 
 def stop() -> None:
     """End the application and Ray Serve: requests in flight are finished, the log is handed over."""
     serve.delete(NAME)
     serve.shutdown()
+
+
+def _wait(url: str) -> None:
+    """Ray says that the application runs before its ingress answers. Raises ServiceError."""
+    deadline = time.monotonic() + INGRESS_SECONDS
+    while True:
+        try:
+            with urlopen(url, timeout=5) as reply:
+                if reply.status == 200:
+                    return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ServiceError(f"Ray's ingress does not answer at {url} ({error}); its logs tell more.") from None
+        time.sleep(0.1)
 
 
 def _said() -> str:

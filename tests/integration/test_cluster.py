@@ -282,7 +282,8 @@ def test_haproxy_in_front_is_closed_and_fails_no_request_when_the_alias_moves(re
     registered.move("trips", "champion", 1)
     ports = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(free_port()) for name in ("STATS", "METRICS")}
     with started(registered.uri, "--haproxy", **ports) as cluster:
-        assert "haproxy" in {name for name, _, _ in cluster.listeners()}
+        served = ("haproxy", "127.0.0.1", cluster.port)
+        wait(lambda: served in cluster.listeners(), 20, lambda: sorted(cluster.listeners()))  # it may be reloading
         assert not [at for at in cluster.listeners() if at[1] not in ("127.0.0.1", "::1")]
         (admin,) = place(cluster.home).glob("*/admin.sock")
         assert stat.S_IMODE(admin.stat().st_mode) == 0o600

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from noria.errors import SettingsError
 from noria.settings import Settings
-from serving import cluster, fleet, keys, reload, replica
+from serving import cluster, keys, pool, reload, replica
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 KUBERNETES = "1.34"
@@ -149,7 +149,7 @@ def test_the_deployment_ends_later_than_the_server():
     (container,) = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert before + fleet.END_SECONDS + reload.LAST_DRAIN_SECONDS < pod["terminationGracePeriodSeconds"]
+    assert before + pool.END_SECONDS + reload.LAST_DRAIN_SECONDS < pod["terminationGracePeriodSeconds"]
     for kind, path in (("startup", "live"), ("readiness", "ready"), ("liveness", "live")):
         assert container[f"{kind}Probe"]["httpGet"]["path"] == f"/v2/health/{path}"
     assert of_kind("Service")["spec"]["selector"] == of_kind("Deployment")["spec"]["selector"]["matchLabels"]
