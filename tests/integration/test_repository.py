@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from serving import orders
 from serving.repository import index
+from serving.state import swaps
 
 
 def plain(add=1.0, width=4):
@@ -135,14 +136,16 @@ def _spare(server):
 def test_a_file_that_is_still_copied_waits_and_one_that_does_not_load_is_retried(server):
     put(server.repository, "slow", 1)
     server.wait(lambda: server.version("slow") == 1)
+    server.wait(lambda: _spare(server))
+    time.sleep(1)  # a worker that waits would load what it is given before the next look at the folder
     whole, folder = plain(2.0), server.repository / "slow" / "2"
     folder.mkdir()
     with (folder / "model.onnx").open("wb", buffering=0) as file:
-        for place in range(0, len(whole), 8):
-            file.write(whole[place : place + 8])
-            time.sleep(0.05)
+        for place in range(0, len(whole), 4):
+            file.write(whole[place : place + 4])
+            time.sleep(0.1)
     server.wait(lambda: server.version("slow") == 2)
-    assert "slow cannot be loaded" not in server.log(), "half a file was loaded"
+    assert swaps(server.state)["slow"] == {"serving": 2}, "half a file was loaded"
     put(server.repository, "slow", 3, b"no model")
     server.wait(lambda: "Version 3 of slow cannot be loaded" in server.log())
     server.wait(lambda: "slow/3/model.onnx is tried again in 2 s." in server.log())
