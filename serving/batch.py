@@ -55,6 +55,8 @@ class Recorded:
     ids: Sequence[str]
     actions: Sequence[str | None]
     """Empty for a plain model."""
+    later: Callable[[], object] | None = None
+    """What is left to do once the answers are on their way."""
 
 
 @dataclass(slots=True)
@@ -68,7 +70,9 @@ class Run:
     began: float
     ended: float
     logged: tuple[float, float] | None = None
-    """Begin and end of the write to the log."""
+    """Begin and end of the write to the log; None: it was left for later."""
+    later: Callable[[], object] | None = None
+    """Writes the rows to the log, where that was left for after the answers."""
 
 
 class Recorder(Protocol):
@@ -77,12 +81,14 @@ class Recorder(Protocol):
     def record(
         self,
         model: Model,
-        calls: Sequence[Call],
+        run: Run,
         tensors: Mapping[str, np.ndarray],
         outputs: Mapping[str, np.ndarray],
-        began: float,
+        *,
+        late: bool,
     ) -> Recorded:
-        """Log a batch before it is answered. Called where it ran: in the loop or in the thread."""
+        """Give the rows of a run their ids and log them; `late`: the log may follow the answers. Called where it ran:
+        in the loop or in the thread."""
 
     def release(self, model: Model, send: Callable[[], None]) -> None:
         """Call `send` when the log of the batch is as safe as the workload asks; at once where it is already."""
@@ -94,30 +100,34 @@ class Recorder(Protocol):
         """Count a request that never came to a batch."""
 
 
-def execute(model: Model, calls: Sequence[Call], recorder: Recorder, *, together: bool = True) -> list[Run]:
-    """Give every call its answer; returns the runs that it took. Never raises. `together`: requests may share a
-    run, where the model allows."""
-    began = time.perf_counter()
+def execute(
+    model: Model, calls: Sequence[Call], recorder: Recorder, *, together: bool = True, late: bool = False
+) -> list[Run]:
+    """Give every call its answer; returns the runs that it took. Never raises.
+
+    `together`: requests may share a run, where the model allows. `late`: the log may follow the answers.
+    """
+    taken = time.perf_counter()
     runs: list[Run] = []
-    with np.errstate(all="ignore"):
-        ready = [call for call in calls if _decoded(model, call)]
-        for batch in _batches(model, ready) if together else [[call] for call in ready]:
-            _run(model, batch, recorder, began, runs)
+    ready = [call for call in calls if _decoded(model, call)]
+    for batch in _batches(model, ready) if together else [[call] for call in ready]:
+        _run(model, batch, recorder, runs, taken=taken, late=late)
     return runs
 
 
-def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs: list[Run]) -> None:
+def _run(model: Model, calls: list[Call], recorder: Recorder, runs: list[Run], *, taken: float, late: bool) -> None:
     """One run for all of them; where it fails, one run for each, so that only the culprit fails."""
     try:
         started = time.perf_counter()
-        tensors = _together([call.asked.rows for call in calls if call.asked])
-        rows = sum(call.asked.rows.count for call in calls if call.asked)
+        parts = [call.asked.rows for call in calls if call.asked]
+        tensors = _together(parts)
+        rows = parts[0].count if len(parts) == 1 else sum([part.count for part in parts])
         outputs = _outputs(model, tensors, rows)
-        run = Run(calls, rows, began, started, time.perf_counter())
+        run = Run(calls, rows, taken, started, time.perf_counter())
     except Exception as error:
         if len(calls) > 1:
             for call in calls:
-                _run(model, [call], recorder, began, runs)
+                _run(model, [call], recorder, runs, taken=taken, late=late)
         else:
             logger.warning("%s version %s does not run: %s", model.workload, model.version, error)
             reason = " ".join(str(error).split())[:300]
@@ -127,12 +137,14 @@ def _run(model: Model, calls: list[Call], recorder: Recorder, began: float, runs
         _refuse_broken(calls, outputs[SCORE])
         fine = [call for call in calls if call.answer is None]
         if fine:
-            _run(model, fine, recorder, began, runs)
+            _run(model, fine, recorder, runs, taken=taken, late=late)
         return
     runs.append(run)
     try:
-        recorded = recorder.record(model, calls, tensors, outputs, began)
-        run.logged = run.ended, time.perf_counter()
+        recorded = recorder.record(model, run, tensors, outputs, late=late)
+        run.later = recorded.later
+        if run.later is None:
+            run.logged = run.ended, time.perf_counter()
         _encode(model, calls, outputs, recorded)
     except Exception:
         logger.exception("A batch of %s failed", model.workload)

@@ -112,7 +112,7 @@ class Batcher:
         model = self.engine.models[lane.workload]
         calls, size = self._take(lane, model)
         if lane.expected(size, model.expected(len(calls))) <= INLINE_SECONDS:
-            self._finish(lane, model, calls, self._process(lane, model, calls))
+            self._finish(lane, model, calls, self._process(lane, model, calls, late=True))
         else:
             work = asyncio.get_running_loop().run_in_executor(self._thread, self._process, lane, model, calls)
             work.add_done_callback(lambda future: self._finish(lane, model, calls, future.result()))
@@ -131,18 +131,20 @@ class Batcher:
 
     def _finish(self, lane: Lane, model: Model, calls: list[Call], runs: list[Run]) -> None:
         """Send the answers, when the log allows; then see to what has arrived meanwhile."""
+        loop = asyncio.get_running_loop()
         if calls:
-            self.recorder.answered(model, calls, runs)
             self.recorder.release(model, lambda: _send(calls))
+            # Logged and counted in the next tick: answers go out at the end of this one, and clients work meanwhile.
+            loop.call_soon(self.recorder.answered, model, calls, runs)
         if lane.queue:
-            asyncio.get_running_loop().call_soon(self._flush, lane)
+            loop.call_soon(self._flush, lane)
         else:
             lane.scheduled = False
 
-    def _process(self, lane: Lane, model: Model, calls: list[Call]) -> list[Run]:
+    def _process(self, lane: Lane, model: Model, calls: list[Call], late: bool = False) -> list[Run]:
         """Run a batch and remember what it took."""
         began = time.perf_counter()
-        runs = execute(model, calls, self.recorder, together=self.batching)
+        runs = execute(model, calls, self.recorder, together=self.batching, late=late)
         lane.learn(sum(call.size for call in calls), time.perf_counter() - began, len(calls))
         return runs
 

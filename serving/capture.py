@@ -72,7 +72,7 @@ class Log:
         base: int,
         tensors: Mapping[str, np.ndarray],
         outputs: Mapping[str, np.ndarray],
-        times: np.ndarray,
+        times: Sequence[int] | np.ndarray,
         actions: Sequence[str | None],
         latency_ms: float,
     ) -> bool:

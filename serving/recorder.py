@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -44,21 +45,25 @@ class Records:
     def record(
         self,
         model: Model,
-        calls: Sequence[Call],
+        run: Run,
         tensors: Mapping[str, np.ndarray],
         outputs: Mapping[str, np.ndarray],
-        began: float,
+        *,
+        late: bool,
     ) -> Recorded:
-        """Give the rows of a batch their ids and actions, and log them."""
-        rows = sum(call.asked.rows.count for call in calls if call.asked)
+        """Give the rows of a run their ids and actions, and log them; later, where neither the workload nor the caller
+        minds."""
+        rows = run.rows
         actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
         base = self.ids.base(model.workload, rows)
-        logged = self.log.predictions(
-            model, base=base, tensors=tensors, outputs=outputs, times=_times(calls, rows), actions=actions,
-            latency_ms=(time.perf_counter() - began) * 1000,
+        write = partial(
+            self.log.predictions, model, base=base, tensors=tensors, outputs=outputs, times=_times(run),
+            actions=actions, latency_ms=(run.ended - run.taken) * 1000,
         )  # fmt: skip
+        if late and not self.durable(model.workload):
+            return Recorded(expand(base, rows), actions, write)
         # An id is a promise that the row is known: where the log could not be written there is none.
-        return Recorded(expand(base, rows) if logged else [""] * rows, actions)
+        return Recorded(expand(base, rows) if write() else [""] * rows, actions)
 
     def release(self, model: Model, send: Callable[[], None]) -> None:
         """Send at once, or after the log is on the disk."""
@@ -68,7 +73,10 @@ class Records:
             send()
 
     def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
-        """Count a batch."""
+        """Log what was left for later, and count a batch."""
+        for run in runs:
+            if run.later is not None:
+                run.later()
         now = time.perf_counter()
         for call in calls:
             if call.answer is not None and call.answer.status != OK:
@@ -116,10 +124,10 @@ class Records:
                 tracer.batch(ran, by_run[id(run)])
 
 
-def _times(calls: Sequence[Call], rows: int) -> np.ndarray:
-    """When each row of a batch happened, microseconds [rows]."""
+def _times(run: Run) -> Sequence[int] | np.ndarray:
+    """When each row of a run happened, microseconds [rows]."""
     now = time.time_ns() // 1000
-    if all(call.asked.rows.times is None for call in calls if call.asked):
-        return np.full(rows, now)
-    parts = [call.asked.rows for call in calls if call.asked]
+    parts = [call.asked.rows for call in run.calls if call.asked]
+    if not any(part.times is not None for part in parts):
+        return [now] * run.rows
     return np.concatenate([np.full(part.count, now) if part.times is None else part.times for part in parts])

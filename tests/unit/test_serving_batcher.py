@@ -191,13 +191,16 @@ def test_one_slow_batch_does_not_decide_the_next():
     assert lane.expected(50_000, 0.5) > 0.5  # nothing is known of this size but the run
 
 
-def test_a_full_disk_answers_without_ids_and_counts(service, monkeypatch, trips_schema):
+@pytest.mark.parametrize("ack", ["durable", "fast"])
+def test_a_full_disk_answers_and_counts(service, ack):
+    """Where an id is a promise there is none."""
+    service.batcher.recorder.durable = lambda _: ack == "durable"
     service.log.open_folder.rmdir()
     (answer,) = at_once(service, "double", [orjson.dumps({
         **orjson.loads(body("x", "FP32", [1, 2], [1, 2])), "outputs": [{"name": "y"}, {"name": "prediction_id"}],
     })])  # fmt: skip
     assert outputs(answer) == [2, 4]
-    assert answer[1]["outputs"][1]["data"] == [""]
+    assert len(answer[1]["outputs"][1]["data"][0]) == (0 if ack == "durable" else 32)
     assert service.log.lost == 1
     assert "cannot be written" in service.log.failure
 
