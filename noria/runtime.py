@@ -12,8 +12,8 @@ import importlib.util
 import io
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,8 @@ from noria.schema import Tensors
 from noria.settings import export
 
 Providers = Literal["auto", "cpu", "cuda", "tensorrt"]
+Runner = Callable[[Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
+"""What gives a session's named outputs for one batch."""
 SCORE = "score"
 """Name of the graph's output: float32 [n], in the target's unit or a probability."""
 NAMES = {
@@ -120,11 +122,16 @@ def run(session: ort.InferenceSession, names: Sequence[str], tensors: Mapping[st
     reader runs, outputs stay on the device until one copy brings all of them back. A graph of strings is run plainly:
     ONNX Runtime binds no strings from Python.
     """
+    return runner(session)(list(names), dict(tensors))
+
+
+def runner(session: ort.InferenceSession) -> Runner:
+    """`run` of one session, with the choice made once: where the graph lies does not change."""
     infos = (*session.get_input_memory_infos(), *session.get_output_memory_infos())
     if all(_device(info.name) == "cpu" for info in infos) or _strings(session):
-        found: list[np.ndarray] = session.run(list(names), dict(tensors))
-        return found
-    return run_bound(session, names, tensors)
+        plain: Runner = session.run
+        return plain
+    return partial(run_bound, session)
 
 
 def run_bound(

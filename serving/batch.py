@@ -175,7 +175,7 @@ def _decoded(model: Model, call: Call) -> bool:
 
 def _batches(model: Model, calls: list[Call]) -> list[list[Call]]:
     """Calls that can share a run: together within the proven rows, and alike in every dimension but the first."""
-    if not model.batched:
+    if not model.batched or len(calls) <= 1:
         return [[call] for call in calls]
     groups: dict[object, list[list[Call]]] = {}
     rows: dict[object, int] = {}
@@ -226,12 +226,14 @@ def _refuse_broken(calls: Sequence[Call], scores: np.ndarray) -> None:
 
 def _encode(model: Model, calls: Sequence[Call], outputs: dict[str, np.ndarray], recorded: Recorded) -> None:
     """Give each call its share as an answer."""
+    if len(calls) == 1 and calls[0].asked is not None:
+        calls[0].answer = calls[0].asked.answer(Scored(model, outputs, recorded.ids, recorded.actions))
+        return
     start = 0
-    alone = len(calls) == 1
     for call in calls:
         assert call.asked is not None
         end = start + call.asked.rows.count
-        part = outputs if alone else {name: values[start:end] for name, values in outputs.items()}
+        part = {name: values[start:end] for name, values in outputs.items()}
         scored = Scored(model, part, recorded.ids[start:end], recorded.actions[start:end])
         call.answer = call.asked.answer(scored)
         start = end

@@ -29,8 +29,8 @@ PATIENCE = 1.1
 what takes long once is somebody else's use of the machine."""
 MOST_WAITING = 1024
 """Requests of one model that may wait; one more is refused at once."""
-WAIT_SECONDS = 0.1
-WAIT_BATCHES = 2
+WAIT_SECONDS = 0.25
+WAIT_BATCHES = 16
 """A request that would wait longer than this, and than so many batches, is refused at once."""
 RETRY = ((b"retry-after", b"1"),)
 
@@ -54,10 +54,10 @@ class Lane:
         """Whether a request that came now would wait too long: it is better told at once."""
         return len(self.queue) * self.each > max(WAIT_SECONDS, WAIT_BATCHES * self.longest)
 
-    def expected(self, size: int, run: float) -> float:
-        """Seconds that a batch of so many bytes will take, whose run alone takes `run`."""
+    def expected(self, size: int, model: Model, calls: int) -> float:
+        """Seconds that a batch of so many bytes and calls will take."""
         known = self.seconds.get(size.bit_length())
-        return run + FIRST_RATE * size if known is None else known
+        return model.expected(calls) + FIRST_RATE * size if known is None else known
 
     def learn(self, size: int, elapsed: float, calls: int) -> None:
         """A batch of so many bytes and calls took so long."""
@@ -111,7 +111,7 @@ class Batcher:
         """Run what waits: one batch in the loop, or in the thread when it is expected to take long."""
         model = self.engine.models[lane.workload]
         calls, size = self._take(lane, model)
-        if lane.expected(size, model.expected(len(calls))) <= INLINE_SECONDS:
+        if lane.expected(size, model, len(calls)) <= INLINE_SECONDS:
             self._finish(lane, model, calls, self._process(lane, model, calls, late=True))
         else:
             work = asyncio.get_running_loop().run_in_executor(self._thread, self._process, lane, model, calls)

@@ -197,6 +197,7 @@ class Protocol(HttpToolsProtocol):
         if exchange.disconnected or exchange.response_complete or self.transport.is_closing():
             return
         exchange.response_complete = True
+        exchange.call = None  # it holds what answers this exchange: a circle that only the collector would undo
         keep = exchange.keep_alive
         self._write(answer, keep)
         if self.notes is not None:

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from noria.errors import BundleError
-from noria.runtime import SCORE, Providers, open_session, placed, provider_of, run
+from noria.runtime import SCORE, Providers, Runner, open_session, placed, provider_of, runner
 from registry.bundle import Bundle
 from registry.graph import check_file
 from registry.proof import ABSOLUTE, RELATIVE
@@ -73,7 +73,11 @@ class Model:
         """The graph's outputs."""
         return tuple(entry.name for entry in self.session.get_outputs())
 
-    @property
+    @cached_property
+    def _runner(self) -> Runner:
+        return runner(self.session)
+
+    @cached_property
     def most_rows(self) -> int:
         """Rows that one run may hold: the largest batch that was proven."""
         return self.sizes[-1]
@@ -95,7 +99,7 @@ class Model:
     def run(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The graph's outputs for its inputs, [n, ...] each."""
         wanted = {name: tensors[name] for name in self.reads}
-        return dict(zip(self.gives, run(self.session, self.gives, wanted), strict=True))
+        return dict(zip(self.gives, self._runner(self.gives, wanted), strict=True))
 
 
 def load(workload: str, version: int, folder: Path, providers: Providers, *, plain: bool = False) -> Model:

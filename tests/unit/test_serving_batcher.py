@@ -180,15 +180,28 @@ def test_long_batches_leave_the_loop(service):
     assert lane.seconds[len(content).bit_length()] < 1.0  # what it really took is what is expected next
 
 
-def test_one_slow_batch_does_not_decide_the_next():
-    lane = Lane("m")
+def test_one_slow_batch_does_not_decide_the_next(service):
+    lane, model = Lane("double"), service.engine.models["double"]
     lane.learn(100, 0.0001, 1)
     lane.learn(100, 5.0, 1)  # the machine was busy
-    assert lane.expected(100, 0) <= INLINE_SECONDS
+    assert lane.expected(100, model, 1) <= INLINE_SECONDS
     for _ in range(60):
         lane.learn(100, 5.0, 1)
-    assert lane.expected(100, 0) > INLINE_SECONDS
-    assert lane.expected(50_000, 0.5) > 0.5  # nothing is known of this size but the run
+    assert lane.expected(100, model, 1) > INLINE_SECONDS
+    assert lane.expected(50_000, model, 1) > model.expected(1)  # nothing is known of this size but the run
+
+
+def test_a_request_that_would_wait_too_long_is_refused_at_once():
+    lane = Lane("m")
+    lane.learn(100, 0.02, 10)
+    lane.queue.extend([None] * 150)
+    assert not lane.late()  # 0.3 s, and batches of 0.02 s
+    lane.queue.extend([None] * 50)
+    assert lane.late()
+    slow = Lane("slow")
+    slow.learn(100, 2.0, 1)
+    slow.queue.extend([None] * 10)
+    assert not slow.late()  # a model that takes seconds may have some waiting
 
 
 @pytest.mark.parametrize("ack", ["durable", "fast"])
