@@ -86,8 +86,8 @@ class Settings(BaseSettings):
     """False: every request runs alone, to measure what batching brings."""
 
     ack: Literal["fast", "durable"] = "fast"
-    """When a prediction is answered: `fast`, once the operating system has its log (a killed process loses nothing, a
-    power cut up to half a second); `durable`, once the disk has it."""
+    """When a prediction is answered: `fast`, and its log follows in the next tick (a killed process may lose what it
+    answered in that moment, a power cut the last half second); `durable`, once the disk has it."""
 
     acks: str = Field(default="", pattern=r"^(\s*[\w.-]+\s*=\s*(fast|durable)\s*(,|$))*$")
     """The same for single workloads, for example `taxi=durable,spam=fast`."""

@@ -1,9 +1,9 @@
-"""The prediction log, on the side of the worker: every answered prediction and every label, written before the answer.
+"""The prediction log, on the side of the worker: every answered prediction and every label.
 
 A workload's rows go to an open segment (a file of JSON lines, columns as lists; the bytes of a plain model's tensors
-follow their line). Each batch is one `write`, so what
-was answered is in the operating system's memory and outlives a killed worker; `sync` brings it onto the disk, where
-it outlives a power cut, too. Segments are synced and handed over by renaming:
+follow their line). Each batch is one `write`, so what was written is in the operating system's memory and outlives a
+killed worker; `sync` brings it onto the disk, where it outlives a power cut, too. Segments are synced and handed over
+by renaming:
 
     log/open/<workload>.<source>.<number>             being written, locked by its writer
     log/ready/<workload>.<source>.<number>.<rows>     whole; the reconciler moves it into the lake

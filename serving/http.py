@@ -98,6 +98,7 @@ class Protocol(HttpToolsProtocol):
         if self.reading == "nothing":
             return
         self.header_size += len(data)
+        self.large_read = len(data) > self.limits.header_bytes
         super().data_received(data)
         # Counted from the request's start, and from each piece of its body: trailers and chunk extensions are headers.
         if (
@@ -119,6 +120,9 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The hot routes part from the others."""
+        if self.large_read and self._header_bytes() > self.limits.header_bytes:
+            self._refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
+            return
         self.reading = "body"
         cycle = self.cycle
         free = cycle is None or cycle.response_complete
@@ -148,6 +152,8 @@ class Protocol(HttpToolsProtocol):
         """A piece of the body."""
         self.header_size = 0
         exchange = self.exchange
+        if self.reading == "nothing":
+            return
         if exchange is None:
             super().on_body(body)
         elif not exchange.response_complete:
@@ -164,6 +170,8 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is whole."""
         exchange = self.exchange
+        if self.reading == "nothing":
+            return
         if exchange is None:
             self.reading = "answer"
             super().on_message_complete()
@@ -213,6 +221,9 @@ class Protocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
 
+    def _header_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
     def _rest(self) -> None:
         self.reading = "next"
         self.since = self.loop.time()
@@ -236,7 +247,8 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, and let go of the connection."""
-        if self.exchange is None or not self.exchange.response_complete:
+        answered = self.reading == "body" and self.cycle is not None and self.cycle.response_complete
+        if not answered:
             self._write(refused(refusal), keep=False)
         # Closing at once would reset a connection on which more is under way, and the client would not read why.
         self.reading = "nothing"

@@ -36,6 +36,8 @@ from serving.tensors import decode_infer, metadata
 from serving.tracing import Tracer
 from serving.wire import Answer, Asked, Refusal, as_json, refused
 
+INLINE_DEFLATED = 8 * 1024
+"""Compressed bodies up to this size are inflated in the event loop: they become 2 MB at most."""
 INLINE_BYTES = 64 * 1024
 """Labels in a body up to this size are read in the event loop."""
 
@@ -87,18 +89,40 @@ class Service:
     def accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:
         """Answer a request, soon: `reply` is called once, in the event loop. Returns what may be marked as gone."""
         try:
-            if request.headers:
-                self._prepare(request)
-            if request.route == "feedback":
-                self._feedback(request, reply)
-                return None
-            call = self._call(request, reply)
+            encoding = request.headers.get(b"content-encoding")
+            if encoding is not None:
+                if len(request.body) > INLINE_DEFLATED:
+                    self._inflate_beside(request, encoding, reply)
+                    return None
+                request.body = inflate(request.body, encoding, self.limits)
+            return self._accept(request, reply)
         except Refusal as refusal:
             self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
             reply(refused(refusal))
             return None
+
+    def _accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:
+        """The same for a body that is as it should be read. Raises Refusal."""
+        if request.route == "feedback":
+            self._feedback(request, reply)
+            return None
+        call = self._call(request, reply)
         self.batcher.submit(call)
         return call
+
+    def _inflate_beside(self, request: Request, encoding: bytes, reply: Callable[[Answer], None]) -> None:
+        """Decompress in a thread, because a large body takes long and may be a bomb; then go on."""
+
+        def go_on(future: asyncio.Future[bytes]) -> None:
+            try:
+                request.body = future.result()
+                self._accept(request, reply)
+            except Refusal as refusal:
+                self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
+                reply(refused(refusal))
+
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(self.threads, inflate, request.body, encoding, self.limits).add_done_callback(go_on)
 
     def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> str:
         """The name of the key of a request that may go on; `path` is decoded, `client` an IP address.
@@ -113,12 +137,6 @@ class Service:
         except Refusal as refusal:
             self.metrics.refused("", "rate" if refusal.status == 429 else "auth")
             raise
-
-    def _prepare(self, request: Request) -> None:
-        """What headers say about the body. Raises Refusal."""
-        encoding = request.headers.get(b"content-encoding")
-        if encoding is not None:
-            request.body = inflate(request.body, encoding, self.limits)
 
     def _call(self, request: Request, reply: Callable[[Answer], None]) -> Call:
         body, headers = request.body, request.headers

@@ -35,7 +35,7 @@ RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone
 MAIN = (
     "import sys, logging; logging.basicConfig(level='INFO')\n"
     "from noria.settings import load_settings; from serving.reload import serve\n"
-    "serve(load_settings(home=sys.argv[1]), '127.0.0.1', int(sys.argv[2]), sys.argv[3])"
+    "serve(load_settings(home=sys.argv[1], ack='durable'), '127.0.0.1', int(sys.argv[2]), sys.argv[3])"
 )
 
 

@@ -141,6 +141,10 @@ def test_chunks_and_compression(running):
     assert statuses(received) == [200]
     packed = zlib.compress(BODY)
     assert statuses(talk(running, post(packed, headers="content-encoding: deflate\r\n"))) == [200]
+    large = orjson.dumps([{**RECORD, "vendor": f"{number:x}" * 9} for number in range(3000)])
+    assert 8192 < len(zlib.compress(large, 1)) < len(large) < LIMITS.inflated_bytes
+    received = talk(running, post(zlib.compress(large, 1), headers="content-encoding: deflate\r\n"))
+    assert statuses(received) == [200]
     bomb = zlib.compress(b"[" + b" " * 2_000_000 + b"]")
     assert statuses(talk(running, post(bomb, headers="content-encoding: deflate\r\n"))) == [413]
     assert statuses(talk(running, post(headers="content-encoding: br\r\n"))) == [415]
@@ -170,6 +174,8 @@ def test_too_large_is_said_before_it_is_read_and_the_connection_goes_on(running)
 
 def test_endless_headers_are_refused(running):
     assert statuses(talk(running, b"POST / HTTP/1.1\r\n", *[b"a: " + b"b" * 3000 + b"\r\n"] * 9, pause=0.02)) == [431]
+    many = "".join(f"a{number}: {'b' * 900}\r\n" for number in range(12))
+    assert statuses(talk(running, post(headers=many), pause=0.1)) == [431]  # in one read
 
 
 def test_slow_clients_are_let_go(running):
