@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     workloads: str = "workloads.taxi:WORKLOAD,workloads.spam:WORKLOAD"
     """Import strings of the workloads that `noria up` deploys, separated by commas."""
 
-    keys: str = ""
+    api_keys: str = ""
     """The server's keys file (`noria key add` writes it); empty: serving/keys.json in the home. Where it is named here
     it must be there, or nobody gets in; otherwise no file means that no key is asked for."""
 
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     @property
     def keys_file(self) -> Path:
         """The server's keys file, as an absolute path."""
-        return Path(self.keys).expanduser().absolute() if self.keys else self.serving / "keys.json"
+        return Path(self.api_keys).expanduser().absolute() if self.api_keys else self.serving / "keys.json"
 
     @property
     def downloads(self) -> Path:

@@ -63,7 +63,7 @@ class Options(BaseModel):
     """Where the prediction log goes: a folder that all nodes see, or a URI that deltalake can write to."""
     providers: Literal["", "auto", "cpu", "cuda", "tensorrt"] = ""
     host: str = "127.0.0.1"
-    """What the ingress listens on: other than loopback needs keys (NORIA_KEYS), or `is_open`."""
+    """What the ingress listens on: other than loopback needs keys (NORIA_API_KEYS), or `is_open`."""
     is_open: bool = False
     """Let other machines in without a key."""
 

@@ -65,7 +65,7 @@ def protection(
         SettingsError: a limit or the keys file is malformed, or others could reach a server that asks for no key.
     """
     keys = settings.keys_file
-    required = check_exposure(host, keys, is_open=is_open) or bool(settings.keys)
+    required = check_exposure(host, keys, is_open=is_open) or bool(settings.api_keys)
     Keys.load(keys, required=required)
     return Protection(
         str(keys),

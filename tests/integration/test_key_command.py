@@ -57,7 +57,7 @@ def test_a_key_is_made_listed_and_revoked(noria, home):
 
 def test_another_file_by_the_environment(noria, tmp_path):
     elsewhere = tmp_path / "elsewhere" / "k.json"
-    assert noria("add", "shop", "--role", "operate", NORIA_KEYS=str(elsewhere)).returncode == 0
+    assert noria("add", "shop", "--role", "operate", NORIA_API_KEYS=str(elsewhere)).returncode == 0
     assert [key["roles"] for key in json.loads(elsewhere.read_text())["keys"]] == [["operate"]]
 
 

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from noria.errors import SettingsError
 from noria.settings import Settings
-from serving import cluster, keys, pool, reload, replica
+from serving import background, cluster, keys, pool, replica
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 KUBERNETES = "1.34"
@@ -101,7 +101,7 @@ def test_the_serve_config_fits_ray_and_its_application_builds(monkeypatch, tmp_p
     module, name = app.import_path.split(":")
     build = getattr(importlib.import_module(module), name)
     monkeypatch.setenv("NORIA_MLFLOW_URI", "http://127.0.0.1:1")
-    monkeypatch.setenv("NORIA_KEYS", str(tmp_path / "keys.json"))
+    monkeypatch.setenv("NORIA_API_KEYS", str(tmp_path / "keys.json"))
     with pytest.raises(SettingsError, match="noria key add"):  # open to the cluster's network without a key
         build(cluster.Options(**app.args))
     keys.add(tmp_path / "keys.json", "team", ["predict"], "2026-01-01T00:00:00Z")
@@ -149,7 +149,7 @@ def test_the_deployment_ends_later_than_the_server():
     (container,) = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert before + pool.END_SECONDS + reload.LAST_DRAIN_SECONDS < pod["terminationGracePeriodSeconds"]
+    assert before + pool.END_SECONDS + background.LAST_DRAIN_SECONDS < pod["terminationGracePeriodSeconds"]
     for kind, path in (("startup", "live"), ("readiness", "ready"), ("liveness", "live")):
         assert container[f"{kind}Probe"]["httpGet"]["path"] == f"/v2/health/{path}"
     assert of_kind("Service")["spec"]["selector"] == of_kind("Deployment")["spec"]["selector"]["matchLabels"]

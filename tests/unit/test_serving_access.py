@@ -333,7 +333,7 @@ def test_the_guard_refuses_foreign_hosts_before_it_looks_at_keys(tmp_path, path)
 
 
 def test_a_configured_file_that_is_missing_lets_nobody_in(tmp_path):
-    guard = guard_of(tmp_path, keys=str(tmp_path / "elsewhere.json"))
+    guard = guard_of(tmp_path, api_keys=str(tmp_path / "elsewhere.json"))
     refused(401, guard.admit, "GET", "/status", b"localhost", None, "127.0.0.1")
 
 

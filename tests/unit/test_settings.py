@@ -42,3 +42,8 @@ def test_a_child_gets_this_environment_and_more(monkeypatch):
     assert child_environment(NORIA_OTHER="x")["NORIA_TEST_ONLY"] == "before"
     export(NORIA_TEST_ONLY="after")
     assert child_environment()["NORIA_TEST_ONLY"] == "after"
+
+
+def test_settings_pass_through_what_looks_into_them():
+    """Prefect looks into the parameters of a task with `dict`, which asks whatever has an attribute `keys` for them."""
+    assert dict(Settings())["ack"] == "fast"

@@ -59,7 +59,7 @@ class Home:
             outputs={"score": np.full(len(records), 3.0, np.float32)}, actions=["short"] * len(records),
             latency_ms=latency,
         )  # fmt: skip
-        return expand(base, len(records))
+        return list(expand(base, len(records)))
 
     def move(self):
         """Everything that is logged into the lake."""
