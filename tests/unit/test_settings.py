@@ -46,4 +46,4 @@ def test_a_child_gets_this_environment_and_more(monkeypatch):
 
 def test_settings_pass_through_what_looks_into_them():
     """Prefect looks into the parameters of a task with `dict`, which asks whatever has an attribute `keys` for them."""
-    assert dict(Settings())["ack"] == "fast"
+    assert dict(load_settings())["ack"] == "fast"
