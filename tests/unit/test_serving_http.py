@@ -203,6 +203,7 @@ def test_a_client_that_left_is_dropped_and_its_mates_are_answered(running):
     with socket.create_connection(("127.0.0.1", running.port)) as client:
         client.sendall(post()[:-1])
     assert statuses(talk(running, post())) == [200]
+    time.sleep(0.1)  # the log follows the answer
     assert running.service.log.pending()["trips"][0] == before + 1
 
 
