@@ -91,10 +91,10 @@ class Metrics:
         lane = self._lanes.get((workload, version)) or self._lane(workload, version)
         count = len(seconds)
         held = lane.rows
-        held[(rows - 1).bit_length() if rows <= MOST else -2] += 1
+        held[(rows - 1).bit_length() if 0 < rows <= MOST else -2 if rows else 0] += 1
         held[-1] += rows
         held = lane.requests
-        held[(count - 1).bit_length() if count <= MOST else -2] += 1
+        held[(count - 1).bit_length() if 0 < count <= MOST else -2 if count else 0] += 1
         held[-1] += count
         held = lane.runs
         held[bisect_left(SHORT_SECONDS, run)] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import socket
 import subprocess
@@ -13,8 +15,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from registry.bundle import write
-from serving import state
+from serving import generation
+from serving.config import Config
 from serving.families import FAMILIES
+from serving.generation import Generation, path_of
 from serving.state import Desired
 from serving.tally import retire
 
@@ -25,17 +29,25 @@ class Workers:
     """Worker processes on one listening socket."""
 
     def __init__(self, folder):
-        self.folder, self.running = folder, {}
+        self.reports = []
+        self.folder, self.running, self.numbers = folder, {}, itertools.count(1)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def start(self, source):
-        number = self.listener.fileno()
+        """As the server's parent does, but with a name of ours; it may accept connections as soon as it has loaded."""
+        number, (reports, theirs) = self.listener.fileno(), os.pipe()
         command = [
             sys.executable, "-m", "serving.worker", "--socket", str(number), "--folder", str(self.folder),
-            "--source", source, "--providers", "cpu",
+            "--generation", str(path_of(self.folder, 1)), "--report", str(theirs), "--source", source,
+            "--number", str(next(self.numbers)), "--config", Config().to_json(), "--providers", "cpu",
         ]  # fmt: skip
-        self.running[source] = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number])
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number, theirs])
+        os.close(theirs)
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        self.running[source] = process
+        self.reports.append(reports)
 
     def end(self, source, number=signal.SIGTERM):
         process = self.running.pop(source)
@@ -59,7 +71,7 @@ class Workers:
 @pytest.fixture
 def workers(tmp_path, make_contents):
     write(tmp_path / "bundle", make_contents())
-    state.write(tmp_path / "serving" / "desired", Desired("trips", 1, str(tmp_path / "bundle"), "a"))
+    generation.write(tmp_path / "serving", Generation(1, {"trips": Desired("trips", 1, str(tmp_path / "bundle"), "a")}))
     found = Workers(tmp_path / "serving")
     try:
         yield found
@@ -67,6 +79,8 @@ def workers(tmp_path, make_contents):
         for source in list(found.running):
             found.end(source, signal.SIGKILL)
         found.listener.close()
+        for descriptor in found.reports:
+            os.close(descriptor)
 
 
 def total(samples, name="noria_requests_total", **labels):
@@ -94,7 +108,6 @@ def test_one_page_for_all_workers(workers):
     assert total(seen, "noria_rows_total") == 180
     assert {dict(key[1:])["worker"] for key in seen if key[0] == "process_open_fds"} == {"w1", "w2"}
     assert total(seen, "noria_model_info", workload="trips", version="1", provider="cpu") == 1
-    assert total(seen, "noria_swaps_total", status="serving") == 2  # one a worker, as each loads by itself
     counters = {family.name.removesuffix("_total") for family in FAMILIES}
     assert {name.removesuffix("_total") for name in names} == counters
 

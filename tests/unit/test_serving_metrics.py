@@ -76,7 +76,7 @@ def test_one_request_alone_counts_as_it_does_among_others():
     assert read(alone, "noria_rows_total") == read(together, "noria_rows_total") == 3
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64, 65, MOST - 1, MOST, MOST + 1])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 64, 65, MOST - 1, MOST, MOST + 1])
 def test_a_number_of_rows_is_in_the_bucket_that_its_bound_says(rows):
     metrics = Metrics()
     metrics.batch("taxi", 3, ["infer"], [0.001], rows=rows, run=0.001)
