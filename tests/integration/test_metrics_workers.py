@@ -39,12 +39,12 @@ class Workers:
         number, (reports, theirs) = self.listener.fileno(), os.pipe()
         command = [
             sys.executable, "-m", "serving.worker", "--socket", str(number), "--folder", str(self.folder),
-            "--generation", str(path_of(self.folder, 1)), "--report", str(theirs), "--source", source,
+            "--report", str(theirs), "--source", source,
             "--number", str(next(self.numbers)), "--config", Config().to_json(), "--providers", "cpu",
         ]  # fmt: skip
         process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number, theirs])
         os.close(theirs)
-        process.stdin.write(b"go\n")
+        process.stdin.write(f"{path_of(self.folder, 1)}\ngo\n".encode())
         process.stdin.flush()
         self.running[source] = process
         self.reports.append(reports)
