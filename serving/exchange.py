@@ -25,7 +25,7 @@ class Exchange:
 
     __slots__ = (
         "began", "body", "call", "disconnected", "headers", "keep_alive", "key", "message_event", "response_complete",
-        "route",
+        "route", "size",
     )  # fmt: skip
 
     def __init__(self, route: Hot, keep_alive: bool) -> None:
@@ -35,6 +35,7 @@ class Exchange:
         self.call: Any = None
         self.key = ""
         self.began = 0.0
+        self.size = 0
         self.response_complete = False
         self.disconnected = False
         self.message_event = Nobody()

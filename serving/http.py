@@ -181,6 +181,7 @@ class Protocol(HttpToolsProtocol):
             self.reading = "answer"
             exchange.began = time.perf_counter()
             route, body = exchange.route, bytes(exchange.body)
+            exchange.size, exchange.body = len(body), b""  # one copy of a large body is enough
             request = Request(route.name, route.workload, body, exchange.headers, route.version)
             exchange.call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
 
@@ -233,7 +234,7 @@ class Protocol(HttpToolsProtocol):
         began = exchange.began or time.perf_counter()
         access_log.add(Access(
             now, exchange.headers.get(b"x-request-id", b"").decode("latin-1"), self.address, exchange.key, "POST",
-            exchange.route.path, answer.status, len(exchange.body), len(answer.body),
+            exchange.route.path, answer.status, exchange.size, len(answer.body),
             (time.perf_counter() - began) * 1000, answer.rows, model.version if model else None,
         ))  # fmt: skip
 
