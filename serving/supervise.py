@@ -32,8 +32,8 @@ from serving.config import Config
 BACKLOG = 2048
 MB = 2**20
 MEMORY = {"MALLOC_ARENA_MAX": "1"}
-"""glibc would give each thread memory of its own, which large bodies fill again and again: 131 MiB for a compressed bomb
-instead of 105."""
+"""glibc would give each thread memory of its own, which large bodies fill again and again: 131 MiB for a compressed
+bomb instead of 105."""
 NUMBERS = itertools.count(int.from_bytes(os.urandom(2), "big"))
 """Of the workers that this process starts, in a row."""
 
