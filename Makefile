@@ -41,11 +41,12 @@ bench: setup
 
 # Peers are installed into ~/.cache/noria/peers (3.5 GB, once); needs wrk. Leave the machine alone meanwhile.
 bench-serving: setup
-	@$(BIN)/python -m benchmarks.serving $(ARGS)
+	@$(BIN)/python -m benchmarks.serving --out benchmarks/results $(ARGS)
 
-# 100 swaps under load and 100 kills; about half an hour. ARGS="--swaps 3 --kills 2" is the short form.
+# 100 swaps under load, 100 kills and 500 slow connections; about half an hour. ARGS="--swaps 3 --kills 2" is the short form.
 soak: setup
-	@$(BIN)/python -m benchmarks.soak $(ARGS)
+	@$(BIN)/python -m benchmarks.soak --out benchmarks/results $(ARGS)
+	@SOAK=1 $(BIN)/python -m pytest tests/integration/test_protection.py -k 500_slow -rP
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache test-artifacts story
