@@ -21,7 +21,7 @@ from serving.shadowing import Shadowing
 
 DRAIN_SECONDS = 0.3
 LAST_DRAIN_SECONDS = 60
-NICE = 10
+NICE = 19
 """The drain gives way to the workers: a segment may wait, a request may not."""
 
 logger = logging.getLogger(__name__)
