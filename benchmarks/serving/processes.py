@@ -26,6 +26,11 @@ PATIENCE = 120.0
 ENDING = 20.0
 
 
+SETTLE_SECONDS = 20
+QUIET = 0.1
+"""Processor seconds in a second of the clock below which a server is at rest."""
+
+
 @dataclass(frozen=True)
 class Served:
     """A running server."""
@@ -111,9 +116,27 @@ def running(
     served = Served(name, port, process, 0.0)
     try:
         _wait(process, lambda: right(port), log)
-        yield Served(name, port, process, time.perf_counter() - began)
+        ready = Served(name, port, process, time.perf_counter() - began)
+        _settle(ready)
+        yield ready
     finally:
         end(served)
+
+
+def _settle(served: Served) -> None:
+    """Wait until the whole tree is quiet: what a server still does after its first answer (imports beside, further
+    processes) is its start, not its speed. The same for every server."""
+    deadline, before = time.monotonic() + SETTLE_SECONDS, -1.0
+    while time.monotonic() < deadline:
+        spent = 0.0
+        for process in served.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent += times.user + times.system
+        if 0 <= spent - before < QUIET:
+            return
+        before = spent
+        time.sleep(1)
 
 
 def _wait(process: subprocess.Popen[bytes], complaint: Callable[[], str], log: Path) -> None:
