@@ -235,5 +235,8 @@ def _encode(model: Model, calls: Sequence[Call], outputs: dict[str, np.ndarray],
         end = start + call.asked.rows.count
         part = {name: values[start:end] for name, values in outputs.items()}
         scored = Scored(model, part, recorded.ids[start:end], recorded.actions[start:end])
-        call.answer = call.asked.answer(scored)
+        try:
+            call.answer = call.asked.answer(scored)
+        except Exception:  # the others of the batch have done nothing wrong
+            logger.exception("An answer of %s cannot be encoded", model.workload)
         start = end

@@ -22,6 +22,7 @@ from serving.arrow import CONTENT_TYPE as ARROW
 from serving.arrow import decode_arrow
 from serving.batch import Call
 from serving.batcher import Batcher
+from serving.binary import header_length
 from serving.capture import Log
 from serving.config import Config
 from serving.engine import Engine
@@ -143,7 +144,7 @@ class Service:
         decode: Callable[[Model], Asked]
         if request.route == "infer":
             length = headers.get(b"inference-header-content-length")
-            size = None if length is None else _whole(length, "Inference-Header-Content-Length")
+            size = None if length is None else header_length(length)
 
             def decode(model: Model) -> Asked:
                 return decode_infer(body, model, size)

@@ -116,6 +116,24 @@ def test_a_malformed_request_fails_alone(service):
     assert outputs(answers[0]) == outputs(answers[-1]) == [2, 4]
 
 
+def test_an_answer_that_cannot_be_encoded_fails_alone(service, caplog):
+    class Broken:
+        def __init__(self, asked):
+            self.rows = asked.rows
+
+        def answer(self, scored):
+            raise ZeroDivisionError
+
+    def spoil(number, call):
+        if number == 0:
+            decode = call.decode
+            call.decode = lambda model: Broken(decode(model))
+
+    answers = at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])] * 3, spoil)
+    assert [one[0] for one in answers] == [500, 200, 200]
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_a_request_that_the_model_cannot_run_fails_alone(service):
     answers = at_once(service, "picky", [body("i", "INT64", [1], [number]) for number in (0, 7, 1)])
     assert [one[0] for one in answers] == [200, 400, 200]
