@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -20,7 +21,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from noria.errors import LakeError
 from noria.records import DatasetRef, Window
@@ -31,6 +32,8 @@ TABLES: tuple[Table, ...] = ("records", "predictions", "labels")
 """The tables that training data comes from."""
 COMPACT_EVERY = 50
 """Small files that a table may gather before an append compacts it."""
+ATTEMPTS = 20
+"""Times that an append is tried when other writers change the table's form meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +56,45 @@ class Lake:
         """
         if not len(rows) and batch is None:
             return False
-        if batch is not None and self.appended(table, batch[0]) >= batch[1]:
-            return False
-        properties = CommitProperties(app_transactions=[Transaction(*batch)]) if batch else None
-        write_deltalake(self.address(table), rows, mode="append", schema_mode="merge", commit_properties=properties)
-        return True
+        failed = 0
+        while True:
+            opened = self._open(table)
+            if batch is not None and _appended(opened, batch[0]) >= batch[1]:
+                return False
+            try:
+                self._commit(table, opened, rows, batch)
+                return True
+            except DeltaError as error:
+                # Another writer made the table, gave it a column or wrote this very batch since it was opened.
+                made = opened is None and self._open(table) is not None
+                failed += 1
+                if failed == ATTEMPTS or not (made or isinstance(error, CommitFailedError)):
+                    raise
+
+    def _commit(self, table: Table, opened: DeltaTable | None, rows: pa.Table, batch: tuple[str, int] | None) -> None:
+        """On top of the version that was opened (the check for a batch holds for no other), or as the first one.
+
+        A first commit that may be tried again becomes a second one that makes the table anew (deltalake 1.6).
+        """
+        named = [Transaction(*batch)] if batch else None
+        if opened is None:
+            first = CommitProperties(app_transactions=named, max_commit_retries=0)
+            write_deltalake(self.address(table), rows, mode="error", commit_properties=first)
+        else:
+            further = CommitProperties(app_transactions=named)
+            write_deltalake(opened, rows, mode="append", schema_mode="merge", commit_properties=further)
 
     def appended(self, table: Table, source: str) -> int:
         """The number of the last batch that `source` appended; -1 when there is none."""
-        opened = self._open(table)
-        number = opened.transaction_version(source) if opened else None
-        return -1 if number is None else int(number)
+        return _appended(self._open(table), source)
 
     def compact(self, *tables: Table) -> None:
         """Merge small files where they have become many; readers and earlier versions are not disturbed."""
         for table in tables or (*TABLES, "shadow"):
             opened = self._open(table)
             if opened and len(opened.file_uris()) >= COMPACT_EVERY:
-                opened.optimize.compact()
+                with suppress(CommitFailedError):  # another writer is compacting it
+                    opened.optimize.compact()
 
     def versions(self) -> dict[str, int]:
         """The current Delta version of each table; -1 where there is no table yet."""
@@ -177,6 +201,11 @@ class Lake:
             return raw.empty_table()
         inputs = [raw.field(name) for name in self.schema.names]
         return pa.schema([*(pa.field(*entry) for entry in logged), *inputs]).empty_table()
+
+
+def _appended(opened: DeltaTable | None, source: str) -> int:
+    number = opened.transaction_version(source) if opened else None
+    return -1 if number is None else int(number)
 
 
 def _unique(rows: pa.Table, key: str) -> pa.Table:

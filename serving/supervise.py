@@ -119,7 +119,7 @@ class Worker:
                 self._command(theirs),
                 stdin=subprocess.PIPE,
                 pass_fds=[plan.listener.fileno(), theirs],
-                start_new_session=True,
+                process_group=0,  # not a session of its own: niceness would not count between it and the drain
                 env=child_environment(PYTHONPATH=_search_path(), **MEMORY),
             )
         finally:
