@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ FLAGS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 class Segment:
     """One open file of one workload."""
 
+    workload: str
     path: Path
     descriptor: int
     rows: int = 0
@@ -62,8 +64,11 @@ class Log:
         self.failure = ""
         """Why the last write failed; empty again after one that did not."""
         self._segments: dict[str, Segment] = {}
+        self._leaving: list[Segment] = []
+        """Segments that nothing is written to any more and that are not handed over yet, oldest first."""
         self._number = 0
         self._lock = threading.Lock()
+        self._handing_over = threading.Lock()
 
     def predictions(
         self,
@@ -72,13 +77,16 @@ class Log:
         base: int,
         tensors: Mapping[str, np.ndarray],
         outputs: Mapping[str, np.ndarray],
-        times: Sequence[int] | np.ndarray,
+        rows: int,
+        times: int | np.ndarray,
         actions: Sequence[str | None],
         latency_ms: float,
     ) -> bool:
-        """Log the answered rows of a batch; row i has the i-th id of `base` (`serving.ids`). Returns whether it
-        could."""
+        """Log the answered rows of a batch; row i has the i-th id of `base` (`serving.ids`). `times`: microseconds
+        since 1970, [rows] or the same for all. Returns whether it could."""
         line: dict[str, Any] = {"v": model.version, "i": f"{base:x}", "t": times, "ms": round(latency_ms, 3)}
+        if isinstance(times, int):
+            line["n"] = rows
         parts: list[memoryview] = []
         if model.bundle is None:
             (line["in"], parts), (line["out"], others) = pack(tensors, model.inputs), pack(outputs, model.outputs)
@@ -90,7 +98,7 @@ class Log:
                 name: values.tolist() if values.dtype == object else values for name, values in tensors.items()
             }
             line["a"] = actions if actions and actions[0] is not None else None
-        return self._write(model.workload, len(times), [orjson.dumps(line, option=FLAGS), *parts], model)
+        return self._write(model.workload, rows, [orjson.dumps(line, option=FLAGS), *parts], model)
 
     def labels(self, workload: str, ids: Sequence[str], labels: Sequence[float], times: np.ndarray) -> bool:
         """Log labels; `times` is when each arrived, microseconds [n]. Returns whether they could be."""
@@ -99,42 +107,57 @@ class Log:
     def sync(self) -> None:
         """Bring what was written onto the disk itself, so that it outlives a power cut; a failure is noted."""
         with self._lock:
-            dirty = [(segment, os.dup(segment.descriptor)) for segment in self._segments.values() if segment.dirty]
+            held = [*self._segments.values(), *self._leaving]
+            dirty = [(segment, os.dup(segment.descriptor)) for segment in held if segment.dirty]
             for segment, _ in dirty:
                 segment.dirty = False
         for _, descriptor in dirty:
-            try:
-                os.fdatasync(descriptor)
-            except OSError as error:
-                self.failure = f"The prediction log does not reach the disk: {error.strerror or error}."
-            finally:
-                os.close(descriptor)
+            self._sync(descriptor)
+            os.close(descriptor)
 
     def rotate(self) -> None:
-        """Hand every segment that holds something over to the reconciler."""
-        with self._lock:
-            for workload in list(self._segments):
-                self._hand_over(workload)
+        """Hand every segment that holds something over to the reconciler, in the order of their numbers. Writers do
+        not wait for the disk meanwhile."""
+        with self._handing_over:
+            with self._lock:
+                full = [workload for workload, segment in self._segments.items() if segment.rows]
+                self._leaving += [self._segments.pop(workload) for workload in full]
+                leaving = list(self._leaving)
+            for segment in leaving:
+                if segment.dirty:
+                    self._sync(segment.descriptor)
+                segment.path.rename(self.ready_folder / f"{segment.path.name}.{segment.rows}")
+                with self._lock:
+                    self._leaving.remove(segment)
+                os.close(segment.descriptor)
 
     def writing(self) -> dict[str, tuple[int, int, float]]:
         """Rows, segments and the oldest one's beginning (seconds since 1970) of what this process has open."""
+        found: dict[str, tuple[int, int, float]] = {}
         with self._lock:
-            return {workload: (one.rows, 1, one.began) for workload, one in self._segments.items() if one.rows}
+            for segment in (*self._leaving, *self._segments.values()):
+                if segment.rows:
+                    rows, count, began = found.get(segment.workload, (0, 0, segment.began))
+                    found[segment.workload] = (rows + segment.rows, count + 1, began)
+        return found
 
     def pending(self) -> dict[str, tuple[int, int]]:
         """Rows and segments by workload that are not in the lake yet, whoever wrote them."""
         found: dict[str, list[int]] = {}
-        for path in self.ready_folder.iterdir():
-            workload, *_, rows = path.name.split(".")
+        with self._lock:  # first: what is handed over meanwhile may count twice, but never not at all
+            own = [(one.workload, one.rows) for one in (*self._leaving, *self._segments.values())]
+        names = (path.name.split(".") for path in self.ready_folder.iterdir())
+        for workload, rows in (*own, *((workload, int(rows)) for workload, *_, rows in names)):
             count = found.setdefault(workload, [0, 0])
-            count[0] += int(rows)
+            count[0] += rows
             count[1] += 1
-        with self._lock:
-            for workload, segment in self._segments.items():
-                count = found.setdefault(workload, [0, 0])
-                count[0] += segment.rows
-                count[1] += 1
         return {workload: (rows, segments) for workload, (rows, segments) in found.items()}
+
+    def _sync(self, descriptor: int) -> None:
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            self.failure = f"The prediction log does not reach the disk: {error.strerror or error}."
 
     def _write(self, workload: str, rows: int, parts: list[Any], model: Model | None = None) -> bool:
         with self._lock:
@@ -184,29 +207,17 @@ class Log:
             except BlockingIOError:  # the reconciler looks for files of dead workers, and looked at this new one
                 os.close(descriptor)
                 continue
-            segment = self._segments[workload] = Segment(path, descriptor)
+            segment = self._segments[workload] = Segment(workload, path, descriptor)
             return segment
-
-    def _hand_over(self, workload: str) -> None:
-        segment = self._segments[workload]
-        if not segment.rows:
-            return
-        if segment.dirty:
-            os.fdatasync(segment.descriptor)
-        segment.path.rename(self.ready_folder / f"{segment.path.name}.{segment.rows}")
-        os.close(segment.descriptor)
-        del self._segments[workload]
 
     def _abandon(self, workload: str) -> None:
         """After a failed write the file may end in half a line: it must be the last one."""
         segment = self._segments.pop(workload)
-        try:
-            if segment.rows:
-                segment.path.rename(self.ready_folder / f"{segment.path.name}.{segment.rows}")
-            else:
-                segment.path.unlink()
-        except OSError:
-            pass  # it stays among the open ones, and is adopted when this worker has ended
+        if segment.rows:
+            self._leaving.append(segment)
+            return
+        with suppress(OSError):  # else it stays among the open ones until this worker has ended
+            segment.path.unlink()
         os.close(segment.descriptor)
 
 

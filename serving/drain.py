@@ -256,6 +256,8 @@ def _lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
             start = end + 1
             continue
         start = end + 1
+        if "n" in line:  # rows of one moment
+            line["t"] = [line["t"]] * line["n"]
         if "raw" in line:
             tail = whole[start : start + line["raw"]]
             if len(tail) < line["raw"]:

@@ -24,14 +24,15 @@ class Exchange:
     """One hot request and its answer. uvicorn's protocol takes it for one of its own request cycles."""
 
     __slots__ = (
-        "began", "body", "call", "disconnected", "headers", "keep_alive", "key", "message_event", "response_complete",
-        "route", "size",
+        "began", "call", "disconnected", "headers", "keep_alive", "key", "message_event", "pieces",
+        "response_complete", "route", "size",
     )  # fmt: skip
 
     def __init__(self, route: Hot, keep_alive: bool) -> None:
         self.route, self.keep_alive = route, keep_alive
         self.headers: dict[bytes, bytes] = {}
-        self.body: bytes | bytearray = b""
+        self.pieces: list[bytes] = []
+        """Of the body."""
         self.call: Any = None
         self.key = ""
         self.began = 0.0

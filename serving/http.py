@@ -157,14 +157,10 @@ class Protocol(HttpToolsProtocol):
         if exchange is None:
             super().on_body(body)
         elif not exchange.response_complete:
-            if not exchange.body:
-                exchange.body = body
-            else:
-                if isinstance(exchange.body, bytes):
-                    exchange.body = bytearray(exchange.body)
-                exchange.body += body
-            if len(exchange.body) > self.limits.body_bytes:
-                exchange.body = b""
+            exchange.pieces.append(body)
+            exchange.size += len(body)
+            if exchange.size > self.limits.body_bytes:
+                exchange.pieces = []
                 self._answer(exchange, refused(too_large(self.limits)))
 
     def on_message_complete(self) -> None:
@@ -180,8 +176,9 @@ class Protocol(HttpToolsProtocol):
         else:
             self.reading = "answer"
             exchange.began = time.perf_counter()
-            route, body = exchange.route, bytes(exchange.body)
-            exchange.size, exchange.body = len(body), b""  # one copy of a large body is enough
+            route, pieces = exchange.route, exchange.pieces
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            exchange.pieces = pieces = []  # one copy of a large body is enough
             request = Request(route.name, route.workload, body, exchange.headers, route.version)
             exchange.call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
 

@@ -57,8 +57,8 @@ class Records:
         actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
         base = self.ids.base(model.workload, rows)
         write = partial(
-            self.log.predictions, model, base=base, tensors=tensors, outputs=outputs, times=_times(run),
-            actions=actions, latency_ms=(run.ended - run.taken) * 1000,
+            self.log.predictions, model, base=base, tensors=tensors, outputs=outputs, rows=rows,
+            times=_times(run), actions=actions, latency_ms=(run.ended - run.taken) * 1000,
         )  # fmt: skip
         if late and not self.durable(model.workload):
             return Recorded(expand(base, rows), actions, write)
@@ -124,10 +124,10 @@ class Records:
                 tracer.batch(ran, by_run[id(run)])
 
 
-def _times(run: Run) -> Sequence[int] | np.ndarray:
-    """When each row of a run happened, microseconds [rows]."""
+def _times(run: Run) -> int | np.ndarray:
+    """When each row of a run happened, microseconds [rows]; one number where all did now."""
     now = time.time_ns() // 1000
     parts = [call.asked.rows for call in run.calls if call.asked]
     if not any(part.times is not None for part in parts):
-        return [now] * run.rows
+        return now
     return np.concatenate([np.full(part.count, now) if part.times is None else part.times for part in parts])

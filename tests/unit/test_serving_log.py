@@ -47,7 +47,7 @@ def put(log, model, records=RECORDS, version=1, workload="trips"):
     scores = np.arange(len(records), dtype=np.float32) + 0.1
     log.predictions(
         replace(model, version=version, workload=workload), base=base, tensors=rows.tensors, outputs={"score": scores},
-        times=rows.times, actions=["short"] * len(records), latency_ms=0.5,
+        rows=rows.count, times=rows.times, actions=["short"] * len(records), latency_ms=0.5,
     )  # fmt: skip
     return list(expand(base, len(records)))
 
