@@ -96,7 +96,7 @@ class Recorder(Protocol):
     def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
         """Count what was answered, and by which runs. Called in the loop."""
 
-    def refused(self, call: Call, reason: str) -> None:
+    def refused(self, workload: str, route: str, reason: str) -> None:
         """Count a request that never came to a batch."""
 
 
@@ -174,7 +174,7 @@ def _decoded(model: Model, call: Call) -> bool:
 
 
 def _batches(model: Model, calls: list[Call]) -> list[list[Call]]:
-    """Calls that can share a run: together within the proven rows, and alike in every dimension but the first."""
+    """Calls that can share a run: within the rows that may, and alike in every dimension but the first."""
     if not model.batched or len(calls) <= 1:
         return [[call] for call in calls]
     groups: dict[object, list[list[Call]]] = {}
@@ -183,7 +183,7 @@ def _batches(model: Model, calls: list[Call]) -> list[list[Call]]:
         assert call.asked is not None
         count = call.asked.rows.count
         key = tuple(values.shape[1:] for values in call.asked.rows.tensors.values()) if model.ragged else None
-        if key not in groups or rows[key] + count > model.most_rows:
+        if key not in groups or rows[key] + count > model.shared_rows:
             groups.setdefault(key, []).append([])
             rows[key] = 0
         groups[key][-1].append(call)

@@ -49,6 +49,12 @@ class Lane:
     """Seconds that a request took lately, in batches."""
     longest: float = 0.0
     """Seconds that a batch took lately."""
+    busy: Answer = field(init=False)
+    """What a request hears that would wait too long; made once, for it is needed most when there is least time."""
+
+    def __post_init__(self) -> None:
+        sentence = f"{self.workload} has too many requests waiting; try again in a second."
+        self.busy = refused(Refusal(503, sentence, RETRY))
 
     def late(self) -> bool:
         """Whether a request that came now would wait too long: it is better told at once."""
@@ -87,15 +93,22 @@ class Batcher:
                 call.reply(refused(self.engine.refusal(call.workload)))
                 return
             lane = self.lanes[call.workload] = Lane(call.workload)
-        if len(lane.queue) >= self.most_waiting or lane.late():
-            sentence = f"{call.workload} has {len(lane.queue)} requests waiting; try again in a second."
-            self.recorder.refused(call, "queue_full")
-            call.reply(refused(Refusal(503, sentence, RETRY)))
+        busy = self.busy(call.workload, call.route)
+        if busy is not None:
+            call.reply(busy)
             return
         lane.queue.append(call)
         if not lane.scheduled:
             lane.scheduled = True
             asyncio.get_running_loop().call_soon(self._flush, lane)
+
+    def busy(self, workload: str, route: str) -> Answer | None:
+        """What a request hears at once where too many wait; None: it may be queued. Counts it."""
+        lane = self.lanes.get(workload)
+        if lane is None or (len(lane.queue) < self.most_waiting and not lane.late()):
+            return None
+        self.recorder.refused(workload, route, "queue_full")
+        return lane.busy
 
     async def ask(self, call: Call) -> Answer:
         """Queue a request that was made with `reply` unset, and wait for its answer; cancelling drops it."""
@@ -120,7 +133,7 @@ class Batcher:
     def _take(self, lane: Lane, model: Model) -> tuple[list[Call], int]:
         """The next calls: no more than the model takes rows, for each has one at least."""
         calls: list[Call] = []
-        size, most = 0, model.most_rows if model.batched and self.batching else 1
+        size, most = 0, model.shared_rows if model.batched and self.batching else 1
         while lane.queue and len(calls) < most:
             call = lane.queue.popleft()
             if call.gone:

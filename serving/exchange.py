@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
@@ -20,11 +21,18 @@ class Nobody:
         """Wake nobody."""
 
 
+class Held:
+    """The bodies that a worker holds: begun and not answered."""
+
+    size = 0
+    """Bytes."""
+
+
 class Exchange:
     """One hot request and its answer. uvicorn's protocol takes it for one of its own request cycles."""
 
     __slots__ = (
-        "began", "call", "disconnected", "headers", "keep_alive", "key", "message_event", "pieces",
+        "began", "call", "disconnected", "headers", "held", "keep_alive", "key", "message_event", "pieces",
         "response_complete", "route", "size",
     )  # fmt: skip
 
@@ -36,18 +44,21 @@ class Exchange:
         self.call: Any = None
         self.key = ""
         self.began = 0.0
-        self.size = 0
+        self.size = self.held = 0
+        """Bytes of the body, and how many of them count as held."""
         self.response_complete = False
         self.disconnected = False
         self.message_event = Nobody()
 
 
 class Heads:
-    """Heads of answers; the usual one is kept as bytes until the date in it changes."""
+    """Heads of answers; the usual one and that of the last refusal are kept as bytes until the date in it changes."""
 
     def __init__(self) -> None:
         self._defaults: Any = None
         self._usual = b""
+        self._last: tuple[Any, Answer, bool] | None = None
+        self._last_head = b""
 
     def of(self, answer: Answer, keep: bool, defaults: list[tuple[bytes, bytes]]) -> bytes:
         """Status line and headers. `defaults` are uvicorn's, which replaces the list each second."""
@@ -57,10 +68,16 @@ class Heads:
                 self._usual = b"%b%bcontent-type: %b\r\ncontent-length: " % (STATUS[200], _lines(defaults), JSON)
                 self._defaults = defaults
             return b"%b%b\r\n\r\n" % (self._usual, size)
+        made = (defaults, answer, keep)
+        if self._last is not None and all(map(operator.is_, self._last, made)):
+            return self._last_head  # a server with too much to do refuses with the same answer again and again
         more = _lines(defaults) + _lines(answer.headers) + (b"" if keep else b"connection: close\r\n")
-        return b"%bcontent-type: %b\r\n%bcontent-length: %b\r\n\r\n" % (
+        head = b"%bcontent-type: %b\r\n%bcontent-length: %b\r\n\r\n" % (
             STATUS[answer.status], answer.content_type, more, size,
         )  # fmt: skip
+        if answer.error:
+            self._last, self._last_head = made, head
+        return head
 
 
 def _lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.audit import Access, AccessLog
-from serving.exchange import Exchange, Heads
+from serving.exchange import Exchange, Heads, Held
 from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import Answer, Refusal, refused
@@ -25,6 +25,7 @@ SWEEP_SECONDS = 0.5
 LAST_WORDS_SECONDS = 2.0
 """How long a connection may stay idle once the worker drains: a client that has just sent a request is still
 answered."""
+FULL = Refusal(503, "The server holds too much already; try again in a second.", ((b"retry-after", b"1"),))
 SPLIT_BYTES = 64 * 1024
 """A larger answer is written after its head instead of being copied behind it."""
 
@@ -33,7 +34,8 @@ class Protocol(HttpToolsProtocol):
     """One connection."""
 
     service: Service
-    """Set on a subclass that `protocol` makes."""
+    held: Held
+    """Both set on a subclass that `protocol` makes."""
     heads = Heads()
     draining = False
 
@@ -56,8 +58,11 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left: what it asked for is dropped from its batch."""
-        if self.exchange is not None and self.exchange.call is not None:
-            self.exchange.call.gone = True
+        exchange = self.exchange
+        if exchange is not None:
+            self._release(exchange)
+            if exchange.call is not None:
+                exchange.call.gone = True
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -145,6 +150,10 @@ class Protocol(HttpToolsProtocol):
         except Refusal as refusal:
             self._answer(exchange, refused(refusal))
             return
+        busy = self.service.batcher.busy(route.workload, route.name) if route.name != "feedback" else None
+        if busy is not None:  # there is no need to wait for the body
+            self._answer(exchange, busy)
+            return
         if self.expect_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -159,9 +168,12 @@ class Protocol(HttpToolsProtocol):
         elif not exchange.response_complete:
             exchange.pieces.append(body)
             exchange.size += len(body)
+            exchange.held += len(body)
+            self.held.size += len(body)
             if exchange.size > self.limits.body_bytes:
-                exchange.pieces = []
                 self._answer(exchange, refused(too_large(self.limits)))
+            elif self.held.size > self.limits.held_bytes:
+                self._answer(exchange, refused(FULL))
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -199,7 +211,12 @@ class Protocol(HttpToolsProtocol):
         if self.draining and self.cycle is not None:
             self.cycle.keep_alive = False
 
+    def _release(self, exchange: Exchange) -> None:
+        self.held.size -= exchange.held
+        exchange.held, exchange.pieces = 0, []
+
     def _answer(self, exchange: Exchange, answer: Answer) -> None:
+        self._release(exchange)
         if exchange.disconnected or exchange.response_complete or self.transport.is_closing():
             return
         exchange.response_complete = True
@@ -256,7 +273,7 @@ class Protocol(HttpToolsProtocol):
 
 def protocol(service: Service) -> type[Protocol]:
     """The protocol class of a worker's connections."""
-    return type("Connection", (Protocol,), {"service": service})
+    return type("Connection", (Protocol,), {"service": service, "held": Held()})
 
 
 async def sweep(connections: set[Any]) -> None:

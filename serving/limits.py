@@ -49,8 +49,11 @@ class Limits:
     """From the end of the header to the end of the body."""
     idle_seconds: float = 60.0
     """How long a connection may stay open between two requests."""
-    connections: int = 1_000
+    connections: int = 8_192
     """Open connections of one worker."""
+    held_bytes: int = 512 * 2**20
+    """Bodies of one worker that have begun to arrive and are not answered, together; a request that brings more is
+    refused with 503."""
     queue: int = 4_096
     """Requests of one worker that wait for a run; one more is refused with 503."""
 

@@ -28,6 +28,8 @@ from serving.hardware import gpu_options
 
 WARM = (1, 2, 8, 64, 256, 1024)
 """Batch sizes that are run, and must agree with each other, before a model answers. The last is the largest batch."""
+SHARED_SECONDS = 0.05
+"""A run of this length is as quick per row as a longer one: what is read once a run, the weights, costs less by far."""
 COLUMN_TYPES = {"number": "FP32", "integer": "INT64", "string": "BYTES", "text": "BYTES", "timestamp": "INT64"}
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,11 @@ class Model:
     def most_rows(self) -> int:
         """Rows that one run may hold: the largest batch that was proven."""
         return self.sizes[-1]
+
+    @cached_property
+    def shared_rows(self) -> int:
+        """Rows that requests may share in one run: no more than take SHARED_SECONDS, for all of them wait for it."""
+        return max(1, int(np.interp(SHARED_SECONDS, self.seconds, self.sizes)))
 
     @cached_property
     def ragged(self) -> bool:

@@ -94,10 +94,10 @@ class Records:
         if self.tracer is not None:
             self._trace(self.tracer, model, calls, runs, now)
 
-    def refused(self, call: Call, reason: str) -> None:
+    def refused(self, workload: str, route: str, reason: str) -> None:
         """Count a request that never came to a batch."""
-        self.metrics.refused(call.workload, reason)
-        self.metrics.answered(call.route, call.workload, 0, 503, 0.0)
+        self.metrics.refused(workload, reason)
+        self.metrics.answered(route, workload, 0, 503, 0.0)
 
     def _trace(self, tracer: Tracer, model: Model, calls: Sequence[Call], runs: Sequence[Run], now: float) -> None:
         """Tell the tracer of a batch: each request once, with the last run that it was in."""

@@ -19,12 +19,14 @@ import importlib
 import logging
 import os
 import queue
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from serving.engine import Engine, Unloadable
 from serving.http import protocol, sweep
 from serving.ids import Ids, read_key
 from serving.lag import look_at_log
+from serving.limits import Limits
 from serving.metrics import Metrics
 from serving.service import Service
 
@@ -56,6 +59,8 @@ GRACE_SECONDS = 10
 GARBAGE = 5_000
 """Objects that are made before the garbage collector looks at them. With more, what ASGI leaves behind grows too
 large: 56 MB of paths in a test."""
+OTHER_FILES = 256
+"""That a worker may have open besides connections, generously."""
 FAILED = 3
 """Exit code of a worker that said why it cannot load its generation."""
 PR_SET_PDEATHSIG = 1
@@ -221,6 +226,7 @@ def main() -> None:
     parent = Parent(given.report)
     engine = Engine(given.providers)
     service = build(engine, Config.from_json(given.config), given.folder, given.source, given.number)
+    service.limits = _affordable(service.limits)
     config = uvicorn.Config(
         App(service), http=protocol(service), ws="none", lifespan="off", access_log=False,
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
@@ -239,6 +245,17 @@ def main() -> None:
     listener = socket.socket(fileno=given.socket)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(server, listener, service, given.folder))
+
+
+def _affordable(limits: Limits) -> Limits:
+    """As many connections as the system gives this process files, when it asks for all that it may have."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + OTHER_FILES
+    if most != resource.RLIM_INFINITY and wanted > most:
+        logger.warning("The system allows %d open files, so there can be %d connections.", most, most - OTHER_FILES)
+        limits, wanted = replace(limits, connections=max(1, most - OTHER_FILES)), most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+    return limits
 
 
 def _arguments() -> argparse.Namespace:

@@ -31,6 +31,7 @@ CASES = {
     "rows": wide.rows,
     "predict": wide.predict,
     "overload": overload.overload,
+    "flood": overload.flood,
     "start": lifetime.start,
     "memory": lifetime.memory,
     "flat": lifetime.flat,

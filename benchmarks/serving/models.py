@@ -3,6 +3,7 @@
 small     20-64-64-2       a row costs next to nothing: what is measured is everything around the model
 floats    1024-10          a wide row: what is measured is the encoding
 compute   1024-1024-10     two million multiplications a row: what is measured is batching
+heavy     1024-4096-4096-10  21 million a row: what is measured is what a busy model leaves to the rest
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-SIZES = {"small": (20, 64, 64, 2), "floats": (1024, 10), "compute": (1024, 1024, 10)}
+SIZES = {"small": (20, 64, 64, 2), "floats": (1024, 10), "compute": (1024, 1024, 10), "heavy": (1024, 4096, 4096, 10)}
 
 
 def perceptron(sizes: tuple[int, ...], seed: int = 0) -> bytes:

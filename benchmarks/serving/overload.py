@@ -1,7 +1,8 @@
 """The case of too much: three times what the server can do, open-loop, for half a minute; then, is it itself again?
 
-The computing model is taken: to refuse must be much cheaper than to answer, or no server could win. Not here: the
-generator (`benchmarks.serving.openloop`).
+`overload` takes the heavy model, `flood` the lighter one, where reading a request costs as much as answering it: there
+the connections wait in the kernel before the server can refuse them. Not here: the generator
+(`benchmarks.serving.openloop`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.serving import bodies
+from benchmarks.serving import bodies, models
 from benchmarks.serving.contest import Bench, Server
 from benchmarks.serving.contestants import noria
 from benchmarks.serving.environments import Unavailable
@@ -29,8 +30,18 @@ AFTER = 2.0
 
 
 def overload(bench: Bench) -> Section:
+    """The model is the bottleneck."""
+    return _overload(bench, "overload", "heavy")
+
+
+def flood(bench: Bench) -> Section:
+    """Reading requests is the bottleneck."""
+    return _overload(bench, "flood", "compute")
+
+
+def _overload(bench: Bench, case: str, model: str) -> Section:
     """Capacity before, goodput and refusals during, capacity after."""
-    server = noria(bench, "compute", dialect=bodies.BINARY)
+    server = noria(bench, model, dialect=bodies.BINARY)
     body, right = server.exchanges[0]
     seconds = 5.0 if bench.quick else 30.0
     with server.start(free_port(), lambda port: right(ask(port, server.path, body))) as served:
@@ -41,8 +52,8 @@ def overload(bench: Bench) -> Section:
         time.sleep(AFTER)
         after = _closed(bench, server, served, bench.seconds)
     section = Section(
-        "overload", f"MLP 1024-1024-10, binary; {TIMES} x capacity for {seconds:g} s over {OPEN} connections",
-        ("phase", "requests/s", "refused/s", "p50 ms", "p99 ms", "refusals' p99 ms"),
+        case, f"MLP {'-'.join(map(str, models.SIZES[model]))}, binary; {TIMES} x capacity for {seconds:g} s over "
+        f"{OPEN} connections", ("phase", "requests/s", "refused/s", "p50 ms", "p99 ms", "refusals' p99 ms"),
     )  # fmt: skip
     section.rows = [
         ["capacity before", f"{before:,.0f}", "", "", "", ""],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from serving.config import Config
 from serving.engine import Engine
 from serving.ids import Ids
 from serving.metrics import Metrics
+from serving.model import SHARED_SECONDS
 from serving.service import Request, Service
 from serving.state import Desired
 
@@ -167,6 +169,15 @@ def test_a_deadline_that_has_passed_is_said_before_the_run(service):
     answers = at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])] * 2, late)
     assert [one[0] for one in answers] == [504, 200]
     assert "deadline" in answers[0][1]["error"]
+
+
+def test_requests_share_no_longer_run_than_is_worth_it(service):
+    model = replace(service.engine.models["double"], sizes=(1, 1000), seconds=(0.0, SHARED_SECONDS * 500))
+    assert model.shared_rows == 2
+    service.engine.models["double"] = model
+    answers = at_once(service, "double", [body("x", "FP32", [1, 2], [number, 2]) for number in range(6)])
+    assert [outputs(answer)[0] for answer in answers] == [0, 2, 4, 6, 8, 10]
+    assert runs(service, "double") == 3
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(service):

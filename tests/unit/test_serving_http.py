@@ -172,6 +172,42 @@ def test_too_large_is_said_before_it_is_read_and_the_connection_goes_on(running)
     assert statuses(received) == [413, 200]
 
 
+def test_a_busy_server_says_so_before_the_body_has_come_and_the_connection_goes_on(running):
+    assert statuses(talk(running, post())) == [200]
+    batcher = running.service.batcher
+    batcher.most_waiting = 0
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as client:
+        request = post()
+        for _ in range(2):
+            client.sendall(request[:-5])
+            received = client.recv(65536)
+            assert statuses(received) == [503]
+            assert b"retry-after: 1" in received
+            client.sendall(request[-5:])
+        batcher.most_waiting = 10
+        client.sendall(request)
+        assert statuses(client.recv(65536)) == [200]
+
+
+def test_unfinished_bodies_are_bounded_together(running):
+    running.service.limits = replace(LIMITS, held_bytes=250_000, body_seconds=20.0)
+    half = post(b"x" * 200_000)[:150_000]
+    with socket.create_connection(("127.0.0.1", running.port)) as first:
+        first.sendall(half)
+        time.sleep(0.2)
+        refused = talk(running, half)
+        assert statuses(refused) == [503]
+        assert b"retry-after" in refused
+        assert statuses(talk(running, post())) == [200]  # there is room for a small one
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", running.port)) as again:
+        again.sendall(half)
+        time.sleep(0.2)
+        again.settimeout(0.2)
+        with pytest.raises(TimeoutError):  # nothing is refused: what the first one held is free again
+            again.recv(10)
+
+
 def test_endless_headers_are_refused(running):
     assert statuses(talk(running, b"POST / HTTP/1.1\r\n", *[b"a: " + b"b" * 3000 + b"\r\n"] * 9, pause=0.02)) == [431]
     many = "".join(f"a{number}: {'b' * 900}\r\n" for number in range(12))
