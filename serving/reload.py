@@ -36,6 +36,8 @@ from serving.repository import LOOK_SECONDS, Repository
 from serving.supervise import MB, Plan, listen, reserve
 
 COUNT_SECONDS = 1.0
+FIRST_SECONDS = 10.0
+"""How long the first workers may have the machine for themselves: one that cannot load must not keep the rest away."""
 
 Step = tuple[Callable[[], object], float]
 """What is repeated, and every how many seconds."""
@@ -80,7 +82,7 @@ def _work(fleet: Fleet, steps: Sequence[Step], background: Background, stop: thr
     for thread in threads:
         thread.start()
     try:
-        repeat(fleet.step, None, stop)
+        repeat(partial(_step, fleet, background), None, stop)
     finally:
         stop.set()
         fleet.stop()
@@ -89,14 +91,24 @@ def _work(fleet: Fleet, steps: Sequence[Step], background: Background, stop: thr
         background.finish()
 
 
+def _step(fleet: Fleet, background: Background) -> float:
+    pause = fleet.step()
+    if not fleet.current.entries or any(worker.phase == "accepting" for worker in fleet.members):
+        background.may_import.set()
+    return pause
+
+
 class Background:
     """What needs Delta Lake and MLflow, whose import takes longer than all that a first answer needs: the log's way
-    into the lake, the aliases, the shadow. Imported and run beside the workers (`serving.background`)."""
+    into the lake, the aliases, the shadow. Imported and run beside the workers (`serving.background`), and after the
+    first ones answer, where there is something to answer with: they may have one core together."""
 
     def __init__(self, settings: Settings, mlflow_url: str, stop: threading.Event) -> None:
         self.settings, self.mlflow_url, self.stop = settings, mlflow_url, stop
         self.ended = threading.Event()
         """Set when no worker writes any more."""
+        self.may_import = threading.Event()
+        """Set when the first workers answer, or have nothing to load."""
         self._thread = threading.Thread(target=self._run, name="background")
 
     def start(self) -> None:
@@ -105,10 +117,12 @@ class Background:
 
     def finish(self) -> None:
         """The workers have ended: bring what they wrote into the lake, and return."""
+        self.may_import.set()
         self.ended.set()
         self._thread.join()
 
     def _run(self) -> None:
+        self.may_import.wait(FIRST_SECONDS)
         importlib.import_module("serving.background").run(self.settings, self.mlflow_url, self.stop, self.ended)
 
 
