@@ -47,8 +47,8 @@ class Running:
             App(self.service), http=protocol(self.service), ws="none", lifespan="off", log_config=None, access_log=False
         )
         self.server = uvicorn.Server(config)
-        rpc_server, port = await start(self.service, "127.0.0.1", 0)
-        self.grpc = f"127.0.0.1:{port}"
+        rpc_server = await start(self.service, "127.0.0.1", 0)
+        self.grpc = f"127.0.0.1:{rpc_server.port}"
         self.started.set()
         await self.server.serve(sockets=[self.listener])
         await rpc_server.stop(1)
