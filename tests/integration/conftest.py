@@ -90,7 +90,12 @@ class PlainServer:
                 [sys.executable, "-c", SERVE, str(home), str(self.port), str(self.grpc_port)],
                 env={**clean, **variables}, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        self.wait(lambda: all(self.ready(name) for name in models), 60)
+        try:
+            self.wait(lambda: all(self.ready(name) for name in models), 60)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def ready(self, name: str) -> bool:
         """Whether a model answers."""
