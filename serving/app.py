@@ -15,8 +15,8 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from serving import openapi, pages
-from serving.limits import Limits
-from serving.operate import is_operation, operate
+from serving.limits import Limits, inflate
+from serving.operate import Operator, is_operation, operate, read
 from serving.routes import hot, is_version
 from serving.service import WANTED, Request, Service, too_large
 from serving.tensors import EXTENSIONS, metadata
@@ -83,10 +83,10 @@ class App:
         if route is None and is_operation(parts := path.split("/")):
             if method != "POST":
                 raise _wrong_method(method, path, "POST")
-            answer = await operate(self.service, parts)
-            if self.service.guard is not None:
-                self.service.guard.audit.acted(path, key, client[0])
-            return answer
+            body = await _body(receive, self.service.limits)
+            asked = read(parts, inflate(body, headers.get(b"content-encoding"), self.service.limits))
+            found = await operate(self.service, asked, Operator(path, key, client[0]))
+            return as_json(found if asked.name == "index" else {})
         if route is None:
             return self._page(path, method)
         if method != "POST":

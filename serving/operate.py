@@ -1,18 +1,48 @@
-"""What only operators may do over HTTP: list what the server holds, load and unload models of the repository.
+"""What only operators may do: list what the server holds, load and unload models of the repository.
 
-The same routes as Triton's model repository extension. A workload's version is the registry's to decide, so it can be
-listed here and not ordered. Not here: keys (`serving.access`), the doing (`serving.repository`).
+The routes and methods of Triton's model repository extension, one meaning for HTTP and gRPC. A workload's version is
+the registry's to decide, so it can be listed here and not ordered. Every order gets a line in the audit log, also one
+that was refused or whose client did not wait. Not here: keys (`serving.access`), the doing (`serving.repository`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
 
 from serving import orders
 from serving.service import Service
-from serving.wire import Answer, Refusal, as_json
+from serving.wire import Refusal
+
+IGNORED = frozenset({"unload_dependents"})
+"""Parameters that change nothing here: no model depends on another one."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is asked for."""
+
+    name: Literal["index", "load", "unload"]
+    model: str = ""
+    """Which one to load or unload."""
+    is_ready: bool = False
+    """index: only what answers."""
+    parameters: Collection[str] = ()
+    """Names of the parameters that came along."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Who asks, and how, for the audit log."""
+
+    action: str
+    """The path, or the gRPC method."""
+    key: str
+    client: str
 
 
 def is_operation(parts: Sequence[str]) -> bool:
@@ -23,14 +53,46 @@ def is_operation(parts: Sequence[str]) -> bool:
     return False
 
 
-async def operate(service: Service, parts: Sequence[str]) -> Answer:
-    """Answer `POST` to one of these routes. Raises Refusal 400 with the reason why an order was not done."""
+def read(parts: Sequence[str], body: bytes) -> Operation:
+    """The operation that `POST` to one of these routes asks for. The body may be empty. Raises Refusal 400."""
+    try:
+        content = orjson.loads(body) if body.strip() else {}
+    except orjson.JSONDecodeError:
+        raise Refusal(400, "The body is not JSON.") from None
+    if not isinstance(content, dict):
+        raise Refusal(400, "The body must be a JSON object, or empty.")
     if parts[3] == "index":
-        return as_json(index(service))
-    return await _order(service, parts[4], load=parts[5] == "load")
+        is_ready = content.get("ready", False)
+        if not isinstance(is_ready, bool):
+            raise Refusal(400, "'ready' must be true or false.")
+        return Operation("index", is_ready=is_ready)
+    parameters = content.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise Refusal(400, "'parameters' must be an object.")
+    return Operation("load" if parts[5] == "load" else "unload", parts[4], parameters=parameters)
 
 
-def index(service: Service) -> list[dict[str, Any]]:
+async def operate(service: Service, operation: Operation, operator: Operator) -> list[dict[str, Any]]:
+    """Do it; returns the index where that was asked for. Raises Refusal 400 with the reason why it was not done."""
+    outcome = "its client did not wait"
+    try:
+        if operation.name == "index":
+            found = index(service, is_ready=operation.is_ready)
+        else:
+            await _order(service, operation)
+            found = []
+        outcome = "done"
+        return found
+    except Refusal as refusal:
+        outcome = refusal.message
+        raise
+    finally:
+        if service.guard is not None:
+            model = {"model": operation.model} if operation.model else {}
+            service.guard.audit.acted(operator.action, operator.key, operator.client, **model, outcome=outcome)
+
+
+def index(service: Service, *, is_ready: bool = False) -> list[dict[str, Any]]:
     """Every model that is known: its name, version, state and, where it does not answer, the reason."""
     engine = service.engine
     found = []
@@ -44,17 +106,19 @@ def index(service: Service) -> list[dict[str, Any]]:
         if failed is not None:
             version = str(failed.version)
             found.append({"name": name, "version": version, "state": "UNAVAILABLE", "reason": failed.reason})
-    return found
+    return [entry for entry in found if entry["state"] == "READY"] if is_ready else found
 
 
-async def _order(service: Service, name: str, *, load: bool) -> Answer:
-    folder, model = service.folder, service.engine.models.get(name)
+async def _order(service: Service, operation: Operation) -> None:
+    folder, name = service.folder, operation.model
+    if unserved := sorted({*operation.parameters} - IGNORED):
+        raise Refusal(400, f"The parameter '{unserved[0][:40]}' is not served: a model is what lies in the repository.")
     if folder is None:
         raise Refusal(400, "This server has no model repository; start it with --repository.")
+    model = service.engine.models.get(name)
     if model is not None and model.bundle is not None:
         raise Refusal(400, f"{name} is a workload: move the alias champion in MLflow to change what serves.")
-    key = orders.order(folder, name, load)
+    key = orders.order(folder, name, operation.name == "load")
     done = await asyncio.to_thread(orders.wait, folder, key)
     if not done.done:
         raise Refusal(400, done.reason)
-    return as_json({})

@@ -1,12 +1,12 @@
-"""The Open Inference Protocol over gRPC: the same models, batches, limits and refusals as over HTTP.
+"""The Open Inference Protocol over gRPC: the same models, batches, limits, roles and refusals as over HTTP.
 
-Tensors come as typed contents or as raw bytes (`serving.binary`), and the answer has the form of the request; FP16 has
-no typed form and is always raw. A client's deadline is honoured before the run. Imported only where a port for gRPC is
-configured: grpc takes 25 MB. Not here: the messages (`serving.messages`), the model repository.
+A client's deadline is honoured before the run. Imported only where a port for gRPC is configured: grpc takes 25 MB. Not
+here: tensors (`serving.rpc_infer`), the messages (`serving.messages`), what operators do (`serving.operate`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -16,32 +16,21 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import numpy as np
 from google.protobuf.message import DecodeError
 
-from serving import binary
+from serving.audit import Access
 from serving.batch import Call
-from serving.columns import Given
-from serving.datatypes import NUMPY
 from serving.messages import MESSAGES, METHODS
 from serving.model import Model
+from serving.operate import Operation, Operator, operate
 from serving.routes import is_version
-from serving.service import Service
-from serving.tensors import EXTENSIONS, check_output, elements, read_rows, results
-from serving.wire import Answer, Refusal, Rows, Scored
+from serving.rpc_drain import leave
+from serving.rpc_infer import decode_infer
+from serving.service import Service, deadline
+from serving.tensors import EXTENSIONS
+from serving.wire import Answer, Refusal
 
 SERVICE = "inference.GRPCInferenceService"
-CONTENTS = {
-    "BOOL": "bool_contents",
-    **{f"INT{bits}": "int_contents" for bits in (8, 16, 32)},
-    **{f"UINT{bits}": "uint_contents" for bits in (8, 16, 32)},
-    "INT64": "int64_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
-"""The field of typed contents that a datatype's values are in."""
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -55,85 +44,42 @@ CODES = {
 }
 """What a refusal's HTTP status is called here; any other is INTERNAL."""
 FAULT = "The server has a fault; its log tells more."
+ONE_REPOSITORY = "There is one repository here; leave 'repository_name' empty."
+TIMEOUT = "x-request-timeout-ms"
 BESIDE = 64
 """Calls that may be under way beside those that wait for a model."""
 
 logger = logging.getLogger(__name__)
 
 
-class Infer:
-    """A decoded request."""
+class Caller:
+    """Who makes a call, and how."""
 
-    __slots__ = ("id", "raw", "rows", "wanted")
+    __slots__ = ("context", "headers", "key", "path", "version")
 
-    def __init__(self, rows: Rows, name: str, wanted: dict[str, bool] | None, raw: bool) -> None:
-        self.rows, self.id, self.wanted, self.raw = rows, name, wanted, raw
+    def __init__(self, path: str, context: Any) -> None:
+        """`path` is `/service/Method`."""
+        self.path, self.context, self.key = path, context, ""
+        self.version: int | None = None  # of the model that was asked
+        self.headers: dict[str, str] = dict(context.invocation_metadata() or ())
 
-    def answer(self, scored: Scored) -> Answer:
-        """A serialised ModelInferResponse."""
-        model = scored.model
-        response = MESSAGES["ModelInferResponse"](
-            model_name=model.workload, model_version=str(model.version), id=self.id
-        )
-        found = results(scored, self.wanted)
-        raw = self.raw or any(datatype not in CONTENTS for _, datatype, _, _ in found)
-        for name, datatype, shape, values in found:
-            output = response.outputs.add(name=name, datatype=datatype, shape=shape)
-            if raw:
-                response.raw_output_contents.append(binary.write(datatype, values))
-                continue
-            values = values.tolist() if isinstance(values, np.ndarray) else values
-            if datatype == "BYTES":
-                values = [value.encode("utf-8", "surrogatepass") for value in values]
-            getattr(output.contents, CONTENTS[datatype]).extend(values)
-        return Answer(200, response.SerializeToString(), self.rows.count)
+    def header(self, name: str) -> bytes | None:
+        """A field of the metadata."""
+        value = self.headers.get(name)
+        return None if value is None else value.encode()
 
+    def address(self) -> str:
+        """The IP address of `ipv4:127.0.0.1:5000` or `ipv6:[::1]:5000`, percent-encoded as gRPC does."""
+        peer: str = self.context.peer()
+        return peer.partition(":")[2].rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
 
-def decode_infer(request: Any, model: Model) -> Infer:
-    """The rows of a ModelInferRequest. Raises Refusal 400 or 413."""
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
-        raise Refusal(400, f"There are {len(request.inputs)} inputs and {len(raw)} raw contents; send one an input.")
-    given: dict[str, Given] = {}
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name in given:
-            raise Refusal(400, f"The input '{tensor.name}' is there twice.")
-        shape = list(tensor.shape)
-        count = elements(tensor.name, shape)
-        if raw:
-            if tensor.HasField("contents"):
-                raise Refusal(400, f"The input '{tensor.name}' has both contents and raw contents; send one of them.")
-            values: Any = binary.read(tensor.name, tensor.datatype, shape, raw[index])
-        else:
-            values = _typed(tensor, shape, count)
-        given[tensor.name] = (tensor.datatype, shape, values)
-    rows = read_rows(model, given)
-    wanted: dict[str, bool] = {}
-    for output in request.outputs:
-        check_output(output.name, wanted, model)
-        for unserved in ("classification", "shared_memory_region"):
-            if unserved in output.parameters:
-                raise Refusal(400, f"The output '{output.name}' is asked for with {unserved}, which is not served.")
-        wanted[output.name] = True
-    return Infer(rows, request.id, wanted or None, bool(raw))
-
-
-def _typed(tensor: Any, shape: list[int], count: int) -> Any:
-    """Typed contents: floating ones as an array, the others as a list, whose values are looked at as JSON's are."""
-    name, datatype = tensor.name, tensor.datatype
-    if datatype not in CONTENTS:
-        raise Refusal(400, f"The input '{name}' has the datatype {datatype[:20]}, which has no typed contents.")
-    values = getattr(tensor.contents, CONTENTS[datatype])
-    if len(values) != count:
-        raise Refusal(400, f"The input '{name}' has {len(values)} {CONTENTS[datatype]} and the shape says {count}.")
-    if datatype in ("FP32", "FP64"):
-        return np.array(values, NUMPY[datatype]).reshape(shape)
-    if datatype != "BYTES":
-        return list(values)
-    try:
-        return [value.decode() for value in values]
-    except UnicodeDecodeError:
-        raise Refusal(400, f"The input '{name}' has a string that is not UTF-8.") from None
+    def deadline(self) -> float | None:
+        """`time.perf_counter()` after which nobody wants the answer: gRPC's deadline or the header's, the earlier."""
+        remaining, timeout = self.context.time_remaining(), self.header(TIMEOUT)
+        ends = [] if remaining is None else [time.perf_counter() + remaining]
+        if timeout is not None:
+            ends.append(deadline(timeout))
+        return min(ends, default=None)
 
 
 class Methods:
@@ -142,15 +88,15 @@ class Methods:
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    async def ServerLive(self, request: Any, context: Any) -> Any:
+    async def ServerLive(self, request: Any, caller: Caller) -> Any:
         """Whether the process answers."""
         return {"live": True}
 
-    async def ServerReady(self, request: Any, context: Any) -> Any:
+    async def ServerReady(self, request: Any, caller: Caller) -> Any:
         """Whether every workload that should serve does."""
         return {"ready": self.service.engine.ready}
 
-    async def ModelReady(self, request: Any, context: Any) -> Any:
+    async def ModelReady(self, request: Any, caller: Caller) -> Any:
         """Whether a model answers. An unknown one is NOT_FOUND, one that is not loaded yet is not ready."""
         try:
             self._model(request)
@@ -160,11 +106,11 @@ class Methods:
             return {"ready": False}
         return {"ready": True}
 
-    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+    async def ServerMetadata(self, request: Any, caller: Caller) -> Any:
         """The server's name, version and extensions."""
         return {"name": "noria", "version": installed("noria"), "extensions": EXTENSIONS}
 
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+    async def ModelMetadata(self, request: Any, caller: Caller) -> Any:
         """The inputs and outputs of a model."""
         model = self._model(request)
         tensors = {
@@ -178,18 +124,40 @@ class Methods:
             **tensors,
         }
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
+    async def ModelInfer(self, request: Any, caller: Caller) -> Any:
         """One inference, in a batch with whatever else is there."""
-        remaining = context.time_remaining()
         call = Call(
             "grpc_infer", request.model_name, partial(decode_infer, request), lambda _: None, request.ByteSize(),
-            _version(request.model_version, request.model_name),
-            None if remaining is None else time.perf_counter() + remaining,
+            _version(request.model_version, request.model_name), caller.deadline(),
+            traceparent=caller.header("traceparent") or b"",
         )  # fmt: skip
         answer = await self.service.batcher.ask(call)
+        model = self.service.engine.models.get(request.model_name)
+        caller.version = model.version if model else None
         if answer.status != 200:
             raise Refusal(answer.status, answer.error)
-        return answer.body
+        return answer
+
+    async def RepositoryIndex(self, request: Any, caller: Caller) -> Any:
+        """Every model that is known, for operators."""
+        if request.repository_name:
+            raise Refusal(400, ONE_REPOSITORY)
+        return {"models": await self._operate(Operation("index", is_ready=request.ready), caller)}
+
+    async def RepositoryModelLoad(self, request: Any, caller: Caller) -> Any:
+        """Load a model of the repository, for operators; answers when every worker serves it."""
+        name = _named(request)
+        await self._operate(Operation("load", name, parameters=request.parameters), caller)
+        return {"model_name": name, "isLoaded": True}
+
+    async def RepositoryModelUnload(self, request: Any, caller: Caller) -> Any:
+        """Serve a model no more, for operators."""
+        name = _named(request)
+        await self._operate(Operation("unload", name, parameters=request.parameters), caller)
+        return {"model_name": name, "isUnloaded": True}
+
+    async def _operate(self, operation: Operation, caller: Caller) -> Any:
+        return await operate(self.service, operation, Operator(caller.path, caller.key, caller.address()))
 
     def _model(self, request: Any) -> Model:
         return self.service.model(request.name, _version(request.version, request.name))
@@ -203,37 +171,65 @@ def _version(text: str, workload: str) -> int | None:
     return int(text)
 
 
-def _handler(service: Service, name: str, method: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+def _named(request: Any) -> str:
+    """The model of an order: as Triton's clients name it, or as KServe's do, in the only field that they send."""
+    if request.repository_name and request.model_name:
+        raise Refusal(400, ONE_REPOSITORY)
+    return str(request.model_name or request.repository_name)
+
+
+def _handler(service: Service, name: str, method: Callable[[Any, Caller], Awaitable[Any]], gate: asyncio.Event) -> Any:
     """A method from bytes to bytes: admission, parsing, and refusals as the protocol's codes."""
     path = f"/{SERVICE}/{name}"
     request_type, response_type = (MESSAGES[one] for one in METHODS[name])
 
     async def handle(body: bytes, context: Any) -> bytes:
+        began, caller = time.perf_counter(), Caller(path, context)
+        status, code, sentence, answer = 500, grpc.StatusCode.INTERNAL, FAULT, Answer(500, b"")
         try:
             if service.guard is not None:
-                keys = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-                service.guard.call(path, keys[0].encode() if keys else None, _address(context.peer()))
-            answer = await method(request_type.FromString(body), context)
-            return answer if isinstance(answer, bytes) else bytes(response_type(**answer).SerializeToString())
+                caller.key = service.admit_call(path, caller.header("authorization"), caller.address())
+            found = await method(request_type.FromString(body), caller)
+            answer = found if isinstance(found, Answer) else Answer(200, response_type(**found).SerializeToString())
+            status = 200
         except Refusal as refusal:
-            code, sentence = CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message
+            status, sentence = refusal.status, refusal.message
+            code = CODES.get(status, grpc.StatusCode.INTERNAL)
         except DecodeError:
-            code, sentence = grpc.StatusCode.INVALID_ARGUMENT, f"The body is not a {METHODS[name][0]}."
+            status, code, sentence = 400, grpc.StatusCode.INVALID_ARGUMENT, f"The body is not a {METHODS[name][0]}."
         except Exception:
             logger.exception("%s failed", path)
-            code, sentence = grpc.StatusCode.INTERNAL, FAULT
+        if name != "ModelInfer":  # the batcher counts these
+            service.metrics.answered("page", "", 0, status, time.perf_counter() - began)
+        if service.guard is not None and service.guard.access_log is not None:
+            received, sent, ms = len(body), len(answer.body), (time.perf_counter() - began) * 1000
+            service.guard.access_log.add(Access(
+                time.time(), caller.headers.get("x-request-id", ""), caller.address(), caller.key, "POST", path, status,
+                received, sent, ms, answer.rows, caller.version,
+            ))  # fmt: skip
+        if not gate.is_set():
+            await gate.wait()
+        if status == 200:
+            return answer.body
         return bytes(await context.abort(code, sentence[:600].encode("utf-8", "replace").decode()))
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def _address(peer: str) -> str:
-    """The IP address of `ipv4:127.0.0.1:5000` or `ipv6:[::1]:5000`, percent-encoded as gRPC does."""
-    return peer.partition(":")[2].rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+class Listening:
+    """A server that listens."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, gate: asyncio.Event) -> None:
+        self.server, self.port, self._gate = server, port, gate
+
+    async def stop(self, grace: float) -> None:
+        """Let the clients go and end, within so many seconds; what they ask is answered."""
+        await leave(self.port, self._gate, grace / 2)
+        await self.server.stop(grace / 2)
 
 
-async def start(service: Service, host: str, port: int) -> tuple[grpc.aio.Server, int]:
-    """Listen for gRPC in the running loop; returns the server and its port. End it with `await server.stop(grace)`.
+async def start(service: Service, host: str, port: int) -> Listening:
+    """Listen for gRPC in the running loop. End it with `await listening.stop(grace)`.
 
     Several workers may listen on the same port: the system spreads connections over them.
 
@@ -249,12 +245,13 @@ async def start(service: Service, host: str, port: int) -> tuple[grpc.aio.Server
             ("grpc.max_send_message_length", -1),
         ],
     )
-    methods = Methods(service)
-    handlers = {name: _handler(service, name, getattr(methods, name)) for name in METHODS}
+    methods, gate = Methods(service), asyncio.Event()
+    gate.set()
+    handlers = {name: _handler(service, name, getattr(methods, name), gate) for name in METHODS}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
         bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError as error:
         raise OSError(f"gRPC cannot listen on {host}:{port}: {error}") from None
     await server.start()
-    return server, bound
+    return Listening(server, bound, gate)

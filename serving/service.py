@@ -139,6 +139,16 @@ class Service:
             self.metrics.refused("", "rate" if refusal.status == 429 else "auth")
             raise
 
+    def admit_call(self, path: str, authorization: bytes | None, client: str) -> str:
+        """The same for a gRPC call; `path` is `/service/Method`."""
+        if self.guard is None:
+            return ""
+        try:
+            return self.guard.call(path, authorization, client).name
+        except Refusal as refusal:
+            self.metrics.refused("", "rate" if refusal.status == 429 else "auth")
+            raise
+
     def _call(self, request: Request, reply: Callable[[Answer], None]) -> Call:
         body, headers = request.body, request.headers
         decode: Callable[[Model], Asked]
@@ -162,7 +172,7 @@ class Service:
         call.traceparent = headers.get(b"traceparent", b"")
         timeout = headers.get(b"x-request-timeout-ms")
         if timeout is not None:
-            call.deadline = time.perf_counter() + _whole(timeout, "X-Request-Timeout-Ms") / 1000
+            call.deadline = deadline(timeout)
         return call
 
     def close(self) -> None:
@@ -274,7 +284,9 @@ def _check_json(headers: Mapping[bytes, bytes]) -> None:
         raise Refusal(415, f"The body is said to be {shown}; send the header Content-Type: application/json.")
 
 
-def _whole(value: bytes, name: str) -> int:
-    if not value.isdigit() or len(value) > 12:
-        raise Refusal(400, f"The header {name} must be a whole number.")
-    return int(value)
+def deadline(timeout: bytes) -> float:
+    """`time.perf_counter()` after which nobody wants the answer, from the header X-Request-Timeout-Ms. Raises Refusal
+    400."""
+    if not timeout.isdigit() or len(timeout) > 12:
+        raise Refusal(400, "The header X-Request-Timeout-Ms must be a whole number.")
+    return time.perf_counter() + int(timeout) / 1000

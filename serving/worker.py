@@ -121,7 +121,7 @@ class Server(uvicorn.Server):
         """Begin to accept, and say so."""
         if self.grpc is not None and sockets:
             rpc = importlib.import_module("serving.rpc")  # 25 MB that a server without the port does without
-            self._rpc, _ = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc)
+            self._rpc = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc)
         await super().startup(sockets)
         self.accepting()
 

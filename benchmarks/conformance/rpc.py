@@ -1,4 +1,4 @@
-"""Cases over gRPC: the six methods, typed and raw contents, codes of errors."""
+"""Cases over gRPC: the six methods, typed and raw contents, codes of errors; the model repository, which is open."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def cases() -> list[Case]:
         Case("grpc", "an unknown input", _code(_request(name="z"), Code.INVALID_ARGUMENT)),
         Case("grpc", "an unknown output", _code(_request(output="z"), Code.INVALID_ARGUMENT, Code.NOT_FOUND)),
     ]
+    found += [
+        Case("repository", "gRPC lists the models", _listed, is_open=True),
+        Case("repository", "gRPC lists the same as REST", _listed_alike, is_open=True),
+        Case("repository", "gRPC refuses to load what is not there", _no_load, is_open=True),
+    ]
     for datatype in NUMPY:
         found.append(Case("grpc", f"{datatype}, raw", lambda server, one=datatype: _infer(server, one, raw=True)))
         if datatype in FIELDS:
@@ -71,6 +76,31 @@ def _metadata(server: Server) -> None:
     found = _call(server, "ModelMetadata", MESSAGES["ModelMetadataRequest"](name="add_sub"))
     expect({one.name for one in found.inputs} == {"a", "b"}, "inputs")
     expect(all(one.datatype == "FP32" and list(one.shape) == [-1, 4] for one in found.inputs), "datatype or shape")
+
+
+def _listed(server: Server) -> None:
+    found = _call(server, "RepositoryIndex").models
+    expect(("same_fp32", "READY") in {(one.name, one.state) for one in found}, f"{len(found)} models")
+
+
+def _listed_alike(server: Server) -> None:
+    fields = ("name", "version", "state", "reason")
+    grpc_index = {tuple(getattr(one, field) for field in fields) for one in _call(server, "RepositoryIndex").models}
+    rest = server.http.post("/v2/repository/index").json()
+    expect(
+        grpc_index == {tuple(one.get(field, "") for field in fields) for one in rest}, f"REST lists {str(rest)[:80]}"
+    )
+
+
+def _no_load(server: Server) -> None:
+    request = MESSAGES["RepositoryModelLoadRequest"](model_name="nobody")
+    try:
+        _call(server, "RepositoryModelLoad", request)
+    except Failed as failed:
+        blames = str(failed).split(":")[0] in (Code.INVALID_ARGUMENT.name, Code.NOT_FOUND.name)
+        expect(blames, str(failed))
+    else:
+        raise Failed("it was loaded")
 
 
 def _request(model: str = "same_fp32", **changes: Any) -> Any:

@@ -47,8 +47,8 @@ class Running:
             App(self.service), http=protocol(self.service), ws="none", lifespan="off", log_config=None, access_log=False
         )
         self.server = uvicorn.Server(config)
-        rpc_server, port = await start(self.service, "127.0.0.1", 0)
-        self.grpc = f"127.0.0.1:{port}"
+        rpc_server = await start(self.service, "127.0.0.1", 0)
+        self.grpc = f"127.0.0.1:{rpc_server.port}"
         self.started.set()
         await self.server.serve(sockets=[self.listener])
         await rpc_server.stop(1)
@@ -68,6 +68,7 @@ def running(tmp_path_factory, trips_model):
         assert state.status == "serving", state.reason
     engine.models["trips"] = trips_model
     service = build(engine, Config(), tmp_path_factory.mktemp("serving"), "one", 1)
+    service.folder = None  # nobody here takes orders
     running = Running(service)
     yield running
     running.stop()
@@ -79,7 +80,8 @@ def test_every_case_of_the_conformance_suite_passes(running):
     with wire.Server(f"http://{running.http}", running.grpc) as server:
         outcomes = suite.run(cases, server)
     assert len(outcomes) > 150
-    failed = [f"{one.case.group}: {one.case.title}. {one.note}" for one in outcomes if one.result == "fail"]
+    # Open cases are open for other servers; noria's answers are decided.
+    failed = [f"{one.case.group}: {one.case.title}. {one.note}" for one in outcomes if one.result != "pass"]
     assert not failed, "\n".join(failed)
 
 

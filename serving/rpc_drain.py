@@ -1,0 +1,140 @@
+"""How a worker that ends lets go of its gRPC connections without failing a call: each is told to leave, then ended.
+
+grpc's own shutdown cancels what clients send before they hear of it. So this worker stops listening, tells each client
+with a frame GOAWAY of HTTP/2 (RFC 9113, section 6.8: whatever it still sends is answered), and waits until it has left;
+a client then connects anew, to another worker. grpc has no call for that frame, so it is written to the socket while
+answers are held back and nothing else is on its way. Linux only; elsewhere grpc's shutdown is all there is. Not here:
+calls (`serving.rpc`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import stat
+import struct
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+GOAWAY = struct.pack(">I", 8)[1:] + bytes((7, 0)) + struct.pack(">III", 0, 2**31 - 1, 0)
+"""Frame of 8 bytes, type 7, no flags, of the whole connection: the last stream is the highest there is, no error."""
+LOOK_SECONDS = 0.01
+QUIET_SECONDS = 0.5
+"""How long answers are held back at most, for the connections that have something on its way."""
+ESTABLISHED, LISTENING = 1, 10
+"""States of a socket, in the first byte of `struct tcp_info`."""
+WAITING_IN_TCP_INFO = slice(24, 28)
+"""Where `struct tcp_info` of a listening socket has the number of connections that wait to be accepted."""
+CONFIRMED_IN_TCP_INFO = slice(120, 128)
+"""And that of a connection the number of bytes that the other side has confirmed."""
+TCP_INFO_BYTES = 128
+SETTINGS_BYTES = 9
+"""Of the smallest frame SETTINGS, which begins a connection."""
+
+logger = logging.getLogger(__name__)
+
+
+async def leave(port: int, gate: asyncio.Event, seconds: float) -> None:
+    """Take no more connections on a port, and see off those that are there; at most so many seconds.
+
+    `gate` holds the answers of calls while it is not set.
+    """
+    if sys.platform != "linux":
+        return
+    deadline = time.monotonic() + seconds
+    try:
+        with _sockets(port, LISTENING) as listening:
+            for one in listening:
+                await _close(one)
+        await _tell(port, gate)
+        while time.monotonic() < deadline:
+            with _sockets(port, ESTABLISHED) as left:
+                if not left:
+                    return
+            await asyncio.sleep(LOOK_SECONDS * 5)
+    except OSError:
+        logger.exception("gRPC connections could not be told to leave; some calls may be cancelled")
+    finally:
+        gate.set()
+
+
+async def _close(listening: socket.socket) -> None:
+    """Listen no more, at a moment when nobody waits to be accepted: they would be turned away."""
+    for _ in range(100):
+        if not any(_info(listening)[WAITING_IN_TCP_INFO]):
+            break
+        await asyncio.sleep(0.001)
+    listening.shutdown(socket.SHUT_RDWR)
+
+
+async def _tell(port: int, gate: asyncio.Event) -> None:
+    """Write the frame to each connection on which nothing is on its way, twice in a row: then no frame is half sent."""
+    gate.clear()
+    deadline = time.monotonic() + QUIET_SECONDS
+    with _sockets(port, ESTABLISHED) as connections:
+        left, quiet = list(connections), set[socket.socket]()
+        while left and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_SECONDS)
+            silent = {one for one in left if _heard(one) and not _unsent(one)}
+            for one in silent & quiet:
+                left.remove(one)
+                with contextlib.suppress(OSError):  # it has left meanwhile
+                    one.send(GOAWAY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            quiet = silent
+    gate.set()
+    if left:
+        logger.warning("%d gRPC connections have long answers on their way and were not told to leave", len(left))
+
+
+def _heard(connection: socket.socket) -> bool:
+    """Whether the other side has what begins a connection: no frame may come before it."""
+    try:
+        return int.from_bytes(_info(connection)[CONFIRMED_IN_TCP_INFO], sys.byteorder) >= SETTINGS_BYTES
+    except OSError:
+        return True
+
+
+def _unsent(connection: socket.socket) -> int:
+    """Bytes that the other side has not confirmed."""
+    try:
+        (size,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+    except OSError:
+        return 0
+    return int(size)
+
+
+@contextlib.contextmanager
+def _sockets(port: int, state: int) -> Iterator[list[socket.socket]]:
+    """This process's own TCP sockets of a port that are in a state, as duplicates."""
+    found: list[socket.socket] = []
+    try:
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed since
+                if stat.S_ISSOCK(path.stat().st_mode):
+                    one = socket.socket(fileno=os.dup(int(path.name)))
+                    if _is(one, port, state):
+                        found.append(one)
+                    else:
+                        one.close()
+        yield found
+    finally:
+        for one in found:
+            one.close()
+
+
+def _is(one: socket.socket, port: int, state: int) -> bool:
+    with contextlib.suppress(OSError):
+        internet = one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM
+        return internet and one.getsockname()[1] == port and _info(one)[0] == state
+    return False
+
+
+def _info(one: socket.socket) -> bytes:
+    return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
