@@ -45,7 +45,7 @@ class App:
             "/status": lambda _: service.status(),
             "/v2": lambda _: as_json({"name": "noria", "version": installed("noria"), "extensions": EXTENSIONS}),
             "/v2/health/live": lambda _: as_json({"live": True}),
-            "/v2/health/ready": lambda _: self._ready(service.engine.ready, "ready"),
+            "/v2/health/ready": lambda _: self._ready(service.look().ready, "ready"),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,8 +124,10 @@ class App:
                 version, rest = int(number), more
         if rest not in ([], ["ready"]):
             return None
-        model = self.service.model(workload, version)
-        return as_json({"name": workload, "ready": True} if rest else metadata(model))
+        if rest:
+            self.service.check_ready(workload, version)
+            return as_json({"name": workload, "ready": True})
+        return as_json(metadata(self.service.model(workload, version)))
 
     def _ready(self, ready: bool, name: str) -> Answer:
         return as_json({name: ready}, 200 if ready else 503)

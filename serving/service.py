@@ -18,6 +18,7 @@ import orjson
 
 from noria.errors import SchemaError
 from registry.bundle import Bundle
+from serving import everywhere
 from serving.arrow import CONTENT_TYPE as ARROW
 from serving.arrow import decode_arrow
 from serving.batch import Call
@@ -237,8 +238,21 @@ class Service:
             raise Refusal(404, f"Version {version} of {workload} does not serve; {model.version} does.")
         return model
 
+    def look(self) -> Engine:
+        """The engine, which knows what the other workers answer by now."""
+        if self.folder is not None:
+            self.engine.everywhere = everywhere.read(self.folder)
+        return self.engine
+
+    def check_ready(self, workload: str, version: int | None = None) -> None:
+        """Raises Refusal 503 while a worker may be asked that does not answer for the model; as `model` otherwise."""
+        found = self.model(workload, version)
+        if not self.look().answers(workload, version):
+            raise Refusal(503, f"Version {found.version} of {workload} is not ready; try again in a second.")
+
     def status(self) -> Answer:
-        """`GET /status`: by workload the version, since when, what was last asked for, and rows not yet in the lake."""
+        """`GET /status`: by workload the version, where it runs, since when, what was refused last, and the log's rest."""
+        self.look()
         pending = self.log.pending()
         workloads: dict[str, Any] = {}
         for name in sorted({*self.engine.known, *self.engine.models, *pending}):
@@ -246,7 +260,9 @@ class Service:
             failed = self.engine.failures.get(name)
             rows, segments = pending.get(name, (0, 0))
             workloads[name] = {
-                "version": model.version if model else None,
+                "version": model.version if model and self.engine.answers(name) else None,
+                "provider": model.provider if model else None,
+                "nodes": model.nodes if model else {},
                 "since": state.since if state else None,
                 "replaced": state.replaced if state else None,
                 "failure": {"version": failed.version, "reason": failed.reason, "at": failed.since} if failed else None,

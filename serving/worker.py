@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from serving.batcher import Batcher
 from serving.capture import Log
 from serving.config import Config
 from serving.engine import Engine, Unloadable
-from serving.http import protocol, sweep
+from serving.http import LAST_WORDS_SECONDS, protocol, sweep
 from serving.ids import Ids, read_key
 from serving.lag import look_at_log
 from serving.limits import Limits
@@ -56,6 +57,8 @@ ROTATE_SECONDS = 0.5
 """How long a logged row waits at most until its segment is handed over."""
 GRACE_SECONDS = 10
 """How long requests in flight may take once the worker is told to end."""
+DRAIN_SECONDS = 0.02
+"""Between two looks at whether a worker that ends has drained."""
 GARBAGE = 5_000
 """Objects that are made before the garbage collector looks at them. With more, what ASGI leaves behind grows too
 large: 56 MB of paths in a test."""
@@ -110,11 +113,10 @@ def _die_with_parent(number: int) -> None:
 class Server(uvicorn.Server):
     """HTTP, and gRPC where it has a port. How HTTP connections end is their own business (`serving.http`)."""
 
-    def __init__(
-        self, config: uvicorn.Config, accepting: Callable[[], None], service: Service, grpc: int | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, tell: Callable[..., None], service: Service, grpc: int | None) -> None:
+        """`tell` hears `accepting` and, when it ends, `drained`."""
         super().__init__(config)
-        self.accepting, self.service, self.grpc = accepting, service, grpc
+        self.tell, self.service, self.grpc = tell, service, grpc
         self._rpc: Any = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -123,14 +125,33 @@ class Server(uvicorn.Server):
             rpc = importlib.import_module("serving.rpc")  # 25 MB that a server without the port does without
             self._rpc, _ = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc)
         await super().startup(sockets)
-        self.accepting()
+        self.tell(accepting=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what is asked."""
-        endings = [super().shutdown(sockets)]
-        if self._rpc is not None:
-            endings.append(self._rpc.stop(GRACE_SECONDS))
-        await asyncio.gather(*endings)
+        """Finish what is asked, and say when nothing more can be."""
+        kind: Any = self.config.http_protocol_class
+        kind.draining = True  # also of a connection that was accepted and is not made yet
+        endings = [] if self._rpc is None else [asyncio.ensure_future(self._rpc.stop(GRACE_SECONDS))]
+        await asyncio.gather(super().shutdown(sockets), self._drain(*endings), *endings)
+
+    async def _drain(self, *endings: asyncio.Future[None]) -> None:
+        await drain(self.server_state.connections)
+        if endings:  # a call that takes longer is its connection's last
+            await asyncio.wait(endings, timeout=LAST_WORDS_SECONDS)
+        with suppress(BrokenPipeError):  # the parent is gone
+            self.tell(drained=True)
+
+
+async def drain(connections: set[Any]) -> None:
+    """Wait until each connection that is left is answering its last request; what stays silent is let go of."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await asyncio.sleep(DRAIN_SECONDS)  # those that were just accepted are here by then
+    while open_ones := [one for one in connections if one.reading not in ("body", "answer", "nothing")]:
+        for one in open_ones:
+            if one.reading == "headers" and loop.time() - max(began, one.since) > LAST_WORDS_SECONDS:
+                one.transport.close()  # connected ahead, and nothing was sent
+        await asyncio.sleep(DRAIN_SECONDS)
 
 
 async def run(server: Server, listener: socket.socket, service: Service, folder: Path) -> None:
@@ -232,7 +253,7 @@ def main() -> None:
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     config.load()
-    server = Server(config, lambda: parent.tell(accepting=True), service, given.grpc)
+    server = Server(config, parent.tell, service, given.grpc)
     load(parent, engine, Path(parent.hear()))
     for model in engine.models.values():
         service.metrics.loaded(model.workload, model.version, model.provider)
