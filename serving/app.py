@@ -15,6 +15,7 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from serving import openapi, pages
+from serving.audit import Access
 from serving.limits import Limits
 from serving.operate import is_operation, operate
 from serving.routes import hot, is_version
@@ -31,6 +32,17 @@ logger = logging.getLogger(__name__)
 
 class Gone(Exception):
     """The client went away before its request was whole."""
+
+
+class Told:
+    """What is known of one request for its line in the access log."""
+
+    __slots__ = ("began", "key", "received", "version")
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.key, self.received = "", 0
+        self.version: int | None = None
 
 
 class App:
@@ -52,9 +64,9 @@ class App:
         """The ASGI entry point."""
         if scope["type"] != "http":
             return
-        began = time.perf_counter()
+        told = Told()
         try:
-            answer = await self._answer(scope, receive)
+            answer = await self._answer(scope, receive, told)
         except Gone:
             return
         except Refusal as refusal:
@@ -62,8 +74,11 @@ class App:
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             answer = as_json({"error": "The server has a fault; its log tells more."}, 500)
+        seconds = time.perf_counter() - told.began
         if hot(scope["path"]) is None:  # the service counts the others
-            self.service.metrics.answered("page", "", 0, answer.status, time.perf_counter() - began)
+            self.service.metrics.answered("page", "", 0, answer.status, seconds)
+        if self.service.guard is not None and self.service.guard.access_log is not None:
+            self.service.guard.access_log.add(_line(scope, answer, told, seconds))
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", str(len(answer.body)).encode()),
@@ -72,11 +87,11 @@ class App:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
-    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+    async def _answer(self, scope: Scope, receive: Receive, told: Told) -> Answer:
         path, method = scope["path"], scope["method"]
         headers = {name: value for name, value in scope["headers"] if name in WANTED}
         client = scope.get("client") or ("",)
-        key = self.service.admit(method, path, headers, client[0])
+        told.key = self.service.admit(method, path, headers, client[0])
         route = hot(path)
         if path == "/metrics" and method in ("GET", "HEAD"):
             return await asyncio.to_thread(self._metrics, headers.get(b"accept", b"").decode("latin-1"))
@@ -85,14 +100,16 @@ class App:
                 raise _wrong_method(method, path, "POST")
             answer = await operate(self.service, parts)
             if self.service.guard is not None:
-                self.service.guard.audit.acted(path, key, client[0])
+                self.service.guard.audit.acted(path, told.key, client[0])
             return answer
         if route is None:
             return self._page(path, method)
         if method != "POST":
             raise _wrong_method(method, path, "POST")
-        self.service.model(route.workload, route.version)  # an unknown workload is said before ten megabytes are read
+        # An unknown workload is said before ten megabytes are read.
+        told.version = self.service.model(route.workload, route.version).version
         body = await _body(receive, self.service.limits)
+        told.received, told.began = len(body), time.perf_counter()
         request = Request(route.name, route.workload, body, headers, route.version)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         call = self.service.accept(request, lambda answer: None if future.done() else future.set_result(answer))
@@ -138,6 +155,14 @@ class App:
 
     def _html(self, text: str) -> Answer:
         return Answer(200, text.encode(), 0, b"text/html; charset=utf-8")
+
+
+def _line(scope: Scope, answer: Answer, told: Told, seconds: float) -> Access:
+    request = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    return Access(
+        time.time(), request, (scope.get("client") or ("",))[0], told.key, scope["method"], scope["path"],
+        answer.status, told.received, len(answer.body), seconds * 1000, answer.rows, told.version,
+    )  # fmt: skip
 
 
 def scope_text(path: str) -> str:

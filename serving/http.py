@@ -236,6 +236,11 @@ class Protocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser does not take for HTTP."""
+        super().send_400_response(msg)
+        self._note_refused(400, len(msg))
+
     def _header_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
@@ -252,6 +257,13 @@ class Protocol(HttpToolsProtocol):
             (time.perf_counter() - began) * 1000, answer.rows, model.version if model else None,
         ))  # fmt: skip
 
+    def _note_refused(self, status: int, sent: int) -> None:
+        """A line for what never became a whole request: without a path, as long as that is not known whole."""
+        if self.notes is not None:
+            exchange = self.exchange
+            key, method, path = (exchange.key, "POST", exchange.route.path) if exchange else ("", "", "")
+            self.notes.add(Access(time.time(), "", self.address, key, method, path, status, 0, sent, 0.0, 0, None))
+
     def _write(self, answer: Answer, keep: bool) -> None:
         head = self.heads.of(answer, keep, self.server_state.default_headers)
         if len(answer.body) <= SPLIT_BYTES:
@@ -264,7 +276,9 @@ class Protocol(HttpToolsProtocol):
         """Answer what is no request, and let go of the connection."""
         answered = self.reading == "body" and self.cycle is not None and self.cycle.response_complete
         if not answered:
-            self._write(refused(refusal), keep=False)
+            answer = refused(refusal)
+            self._write(answer, keep=False)
+            self._note_refused(answer.status, len(answer.body))
         # Closing at once would reset a connection on which more is under way, and the client would not read why.
         self.reading = "nothing"
         self.since = self.loop.time()
