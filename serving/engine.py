@@ -48,7 +48,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Something serves, whichever worker is asked, and every workload that should have been loaded at the start was."""
+        """Something serves, whichever worker is asked, and what should have been loaded at the start was."""
         wanted = (self.known.get(name) for name in self.missing)
         return any(map(self.answers, self.models)) and all(
             desired is None or desired.version is None for desired in wanted

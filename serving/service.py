@@ -251,7 +251,7 @@ class Service:
             raise Refusal(503, f"Version {found.version} of {workload} is not ready; try again in a second.")
 
     def status(self) -> Answer:
-        """`GET /status`: by workload the version, where it runs, since when, what was refused last, and the log's rest."""
+        """`GET /status`: by workload the version, where it runs, since when, what was refused, and the log's rest."""
         self.look()
         pending = self.log.pending()
         workloads: dict[str, Any] = {}

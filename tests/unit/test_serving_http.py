@@ -15,8 +15,8 @@ import orjson
 import pytest
 import uvicorn
 
-from registry.bundle import write
 from noria.settings import load_settings
+from registry.bundle import write
 from serving import keys
 from serving.app import App
 from serving.capture import Log
