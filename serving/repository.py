@@ -216,7 +216,7 @@ class Repository:
         """Whether all workers that may be asked serve the same: an order's own answer may be all that is left of one
         that has drained."""
         workers = json.loads((self.folder / "workers.json").read_bytes())
-        known = {(worker["phase"], worker["generation"]) for worker in workers if worker["phase"] != "drained"}
+        known = {(worker["phase"], worker["generation"]) for worker in workers if not worker.get("drained")}
         return len(known) == 1 and {phase for phase, _ in known} == {"accepting"}
 
     def _say(self, sentence: str) -> None:

@@ -163,9 +163,9 @@ class Worker:
 
     def describe(self) -> dict[str, object]:
         """What a person wants to know of it."""
-        phase = self.phase if self._retired is None else "drained" if self.drained else "leaving"
+        phase = self.phase if self._retired is None else "leaving"
         loaded = {"seconds": round(self.seconds, 3), "memory_mb": self.memory_mb}
-        return {"pid": self.pid, "generation": self.generation, "phase": phase, **loaded}
+        return {"pid": self.pid, "generation": self.generation, "phase": phase, "drained": self.drained, **loaded}
 
     def look(self) -> None:
         """Take in what it reported and whether it lives; one that breaks a limit while loading is killed."""
