@@ -23,7 +23,9 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from onnx import TensorProto, helper
 
-ROUNDS = 10 if os.environ.get("SOAK") == "1" else 2
+SOAK = os.environ.get("SOAK") == "1"
+ROUNDS = 10 if SOAK else 2
+WORKERS = [1, 2] if SOAK else [1]
 SECONDS = 1.0
 """How long each client sends once it is ready."""
 MAIN = (
@@ -189,7 +191,7 @@ class Clients:
                 self.judge("fresh gRPC", self.ask_grpc(client))
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
+@pytest.fixture(scope="module", params=WORKERS, ids="{} workers".format)
 def server(request, tmp_path_factory):
     found = Server(tmp_path_factory.mktemp("home"), request.param)
     yield found
