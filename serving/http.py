@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.audit import Access, AccessLog
+from serving.connections import LAST_WORDS_SECONDS
 from serving.exchange import Exchange, Heads, Held
 from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import Answer, Refusal, refused
 
-SWEEP_SECONDS = 0.5
-"""How often connections are looked at that took too long."""
-LAST_WORDS_SECONDS = 2.0
-"""How long a connection may stay idle once the worker drains: a client that has just sent a request is still
-answered."""
 FULL = Refusal(503, "The server holds too much already; try again in a second.", ((b"retry-after", b"1"),))
 SPLIT_BYTES = 64 * 1024
 """A larger answer is written after its head instead of being copied behind it."""
@@ -288,13 +283,3 @@ class Protocol(HttpToolsProtocol):
 def protocol(service: Service) -> type[Protocol]:
     """The protocol class of a worker's connections."""
     return type("Connection", (Protocol,), {"service": service, "held": Held()})
-
-
-async def sweep(connections: set[Any]) -> None:
-    """Look at every connection again and again; runs until it is cancelled."""
-    loop = asyncio.get_running_loop()
-    while True:
-        await asyncio.sleep(SWEEP_SECONDS)
-        now = loop.time()
-        for connection in list(connections):
-            connection.sweep(now)

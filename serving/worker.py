@@ -41,8 +41,9 @@ from serving.app import App
 from serving.batcher import Batcher
 from serving.capture import Log
 from serving.config import Config
+from serving.connections import LAST_WORDS_SECONDS, drain, sweep
 from serving.engine import Engine, Unloadable
-from serving.http import LAST_WORDS_SECONDS, protocol, sweep
+from serving.http import protocol
 from serving.ids import Ids, read_key
 from serving.lag import look_at_log
 from serving.limits import Limits
@@ -57,8 +58,6 @@ ROTATE_SECONDS = 0.5
 """How long a logged row waits at most until its segment is handed over."""
 GRACE_SECONDS = 10
 """How long requests in flight may take once the worker is told to end."""
-DRAIN_SECONDS = 0.02
-"""Between two looks at whether a worker that ends has drained."""
 GARBAGE = 5_000
 """Objects that are made before the garbage collector looks at them. With more, what ASGI leaves behind grows too
 large: 56 MB of paths in a test."""
@@ -140,18 +139,6 @@ class Server(uvicorn.Server):
             await asyncio.wait(endings, timeout=LAST_WORDS_SECONDS)
         with suppress(BrokenPipeError):  # the parent is gone
             self.tell(drained=True)
-
-
-async def drain(connections: set[Any]) -> None:
-    """Wait until each connection that is left is answering its last request; what stays silent is let go of."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await asyncio.sleep(DRAIN_SECONDS)  # those that were just accepted are here by then
-    while open_ones := [one for one in connections if one.reading not in ("body", "answer", "nothing")]:
-        for one in open_ones:
-            if one.reading == "headers" and loop.time() - max(began, one.since) > LAST_WORDS_SECONDS:
-                one.transport.close()  # connected ahead, and nothing was sent
-        await asyncio.sleep(DRAIN_SECONDS)
 
 
 async def run(server: Server, listener: socket.socket, service: Service, folder: Path) -> None:

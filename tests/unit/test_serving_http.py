@@ -21,9 +21,10 @@ from serving import keys
 from serving.app import App
 from serving.capture import Log
 from serving.config import Config
+from serving.connections import sweep
 from serving.engine import Engine
 from serving.guard import protection
-from serving.http import protocol, sweep
+from serving.http import protocol
 from serving.ids import Ids
 from serving.limits import Limits
 from serving.metrics import Metrics
