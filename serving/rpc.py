@@ -20,6 +20,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from serving import binary
+from serving.audit import Access
 from serving.batch import Call
 from serving.columns import Given
 from serving.datatypes import NUMPY
@@ -189,7 +190,7 @@ class Methods:
         answer = await self.service.batcher.ask(call)
         if answer.status != 200:
             raise Refusal(answer.status, answer.error)
-        return answer.body
+        return answer
 
     def _model(self, request: Any) -> Model:
         return self.service.model(request.name, _version(request.version, request.name))
@@ -203,25 +204,53 @@ def _version(text: str, workload: str) -> int | None:
     return int(text)
 
 
+class Line:
+    """What is known of one call for its line in the access log."""
+
+    __slots__ = ("began", "client", "key", "model", "path", "received")
+
+    def __init__(self, path: str, client: str, received: int) -> None:
+        self.path, self.client, self.received = path, client, received
+        self.began, self.key, self.model = time.perf_counter(), "", ""
+
+    def add(self, service: Service, answer: Answer) -> None:
+        """Write it, where there is such a log; `answer` has HTTP's status."""
+        if service.guard is not None and service.guard.access_log is not None:
+            model = service.engine.models.get(self.model)
+            service.guard.access_log.add(Access(
+                time.time(), "", self.client, self.key, "POST", self.path, answer.status, self.received,
+                len(answer.body), (time.perf_counter() - self.began) * 1000, answer.rows,
+                model.version if model else None,
+            ))  # fmt: skip
+
+
 def _handler(service: Service, name: str, method: Callable[[Any, Any], Awaitable[Any]]) -> Any:
     """A method from bytes to bytes: admission, parsing, and refusals as the protocol's codes."""
     path = f"/{SERVICE}/{name}"
     request_type, response_type = (MESSAGES[one] for one in METHODS[name])
 
     async def handle(body: bytes, context: Any) -> bytes:
+        line = Line(path, _address(context.peer()), len(body))
         try:
             if service.guard is not None:
                 keys = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
-                service.guard.call(path, keys[0].encode() if keys else None, _address(context.peer()))
-            answer = await method(request_type.FromString(body), context)
-            return answer if isinstance(answer, bytes) else bytes(response_type(**answer).SerializeToString())
+                line.key = service.guard.call(path, keys[0].encode() if keys else None, line.client).name
+            request = request_type.FromString(body)
+            line.model = getattr(request, "model_name", "")
+            found = await method(request, context)
+            whole = isinstance(found, Answer)
+            answer = found if whole else Answer(200, bytes(response_type(**found).SerializeToString()))
+            line.add(service, answer)
+            return answer.body
         except Refusal as refusal:
-            code, sentence = CODES.get(refusal.status, grpc.StatusCode.INTERNAL), refusal.message
+            status, sentence = refusal.status, refusal.message
         except DecodeError:
-            code, sentence = grpc.StatusCode.INVALID_ARGUMENT, f"The body is not a {METHODS[name][0]}."
+            status, sentence = 400, f"The body is not a {METHODS[name][0]}."
         except Exception:
             logger.exception("%s failed", path)
-            code, sentence = grpc.StatusCode.INTERNAL, FAULT
+            status, sentence = 500, FAULT
+        line.add(service, Answer(status, b""))
+        code = CODES.get(status, grpc.StatusCode.INTERNAL)
         return bytes(await context.abort(code, sentence[:600].encode("utf-8", "replace").decode()))
 
     return grpc.unary_unary_rpc_method_handler(handle)

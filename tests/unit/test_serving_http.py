@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 import zlib
 from dataclasses import replace
 
+import grpc.aio
 import httpx
 import orjson
 import pytest
@@ -17,7 +19,7 @@ import uvicorn
 
 from noria.settings import load_settings
 from registry.bundle import write
-from serving import keys
+from serving import keys, rpc
 from serving.app import App
 from serving.capture import Log
 from serving.config import Config
@@ -27,6 +29,7 @@ from serving.guard import protection
 from serving.http import protocol
 from serving.ids import Ids
 from serving.limits import Limits
+from serving.messages import MESSAGES
 from serving.metrics import Metrics
 from serving.service import Service
 from serving.state import Desired
@@ -57,6 +60,7 @@ class Running:
             time.sleep(0.01)
 
     async def run(self):
+        self.loop = asyncio.get_running_loop()
         task = asyncio.create_task(sweep(self.server.server_state.connections))
         await self.server.serve(sockets=[self.listener])
         task.cancel()
@@ -355,3 +359,35 @@ def test_clients_of_a_library(running):
         assert client.get("/v2/models/trips/versions/2/ready").status_code == 404
         assert client.post("/predict/trips", json=[RECORD], headers={"x-request-timeout-ms": "0"}).status_code == 504
         assert client.post("/predict/trips", json=[RECORD], headers={"x-request-timeout-ms": "-1"}).status_code == 400
+
+
+def test_a_grpc_call_has_its_line_too(noting):
+    """In the same log, with the status that HTTP would have."""
+    key = ("authorization", f"Bearer {noting.keys['predict']}")
+    message = MESSAGES["ModelInferRequest"](model_name="trips")
+    sent = {"pickup": ("INT64", bytes(8)), "vendor": ("BYTES", b"\x01\0\0\0A"), "distance": ("FP32", b"\0\0\0\x40"),
+            "zone": ("INT64", b"\x01" + bytes(7))}  # fmt: skip
+    for column, (kind, value) in sent.items():
+        message.inputs.add(name=column, datatype=kind, shape=[1])
+        message.raw_input_contents.append(value)
+    calls = [("ServerLive", b"", ()), ("ModelInfer", message.SerializeToString(), (key,)), ("ModelInfer", b"", ()),
+             ("ModelInfer", b"\xff", (key,)), ("ModelReady", b"\n\x06nobody", (key,))]  # fmt: skip
+
+    async def ask():
+        server, port = await rpc.start(noting.service, "127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for method, body, metadata in calls:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await channel.unary_unary(f"/{rpc.SERVICE}/{method}")(body, metadata=metadata)
+        await server.stop(1)
+
+    asyncio.run_coroutine_threadsafe(ask(), noting.loop).result(20)
+    found = noting.lines()
+    assert [(line["path"].rpartition("/")[2], line["status"], line["key"]) for line in found] == [
+        ("ServerLive", 200, ""), ("ModelInfer", 200, "predict"), ("ModelInfer", 401, ""),
+        ("ModelInfer", 400, "predict"), ("ModelReady", 404, "predict"),
+    ]  # fmt: skip
+    infer = found[1]
+    assert (infer["rows"], infer["version"], infer["received"]) == (1, 1, len(calls[1][1]))
+    assert (infer["client"], infer["method"]) == ("127.0.0.1", "POST")
+    assert infer["sent"] > 20 and infer["ms"] > 0
