@@ -57,7 +57,7 @@ class Engine:
     def answers(self, workload: str, version: int | None = None) -> bool:
         """Whether the workload, or a version of it, is answered, whichever worker is asked."""
         model = self.models.get(workload)
-        if model is None or version not in (None, model.version):
+        if model is None or (version is not None and version != model.version):
             return False
         if self.everywhere is None:
             return True
