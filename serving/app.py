@@ -15,10 +15,12 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from serving import openapi, pages
+from serving.audit import Access
 from serving.limits import Limits, inflate
 from serving.operate import Operator, is_operation, operate, read
 from serving.routes import hot, is_version
 from serving.service import WANTED, Request, Service, too_large
+from serving.status import status
 from serving.tensors import EXTENSIONS, metadata
 from serving.wire import Answer, Refusal, as_json, refused
 
@@ -33,6 +35,17 @@ class Gone(Exception):
     """The client went away before its request was whole."""
 
 
+class Told:
+    """What is known of one request for its line in the access log."""
+
+    __slots__ = ("began", "key", "received", "version")
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.key, self.received = "", 0
+        self.version: int | None = None
+
+
 class App:
     """One worker's HTTP face."""
 
@@ -42,19 +55,19 @@ class App:
             "/": lambda _: self._html(pages.home(service.engine)),
             "/docs": lambda _: self._html(pages.docs(service.engine)),
             "/openapi.json": lambda _: as_json(openapi.describe(service.engine.models.values())),
-            "/status": lambda _: service.status(),
+            "/status": lambda _: as_json(status(service.look(), service.log)),
             "/v2": lambda _: as_json({"name": "noria", "version": installed("noria"), "extensions": EXTENSIONS}),
             "/v2/health/live": lambda _: as_json({"live": True}),
-            "/v2/health/ready": lambda _: self._ready(service.engine.ready, "ready"),
+            "/v2/health/ready": lambda _: self._ready(service.look().ready, "ready"),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         if scope["type"] != "http":
             return
-        began = time.perf_counter()
+        told = Told()
         try:
-            answer = await self._answer(scope, receive)
+            answer = await self._answer(scope, receive, told)
         except Gone:
             return
         except Refusal as refusal:
@@ -62,8 +75,11 @@ class App:
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             answer = as_json({"error": "The server has a fault; its log tells more."}, 500)
+        seconds = time.perf_counter() - told.began
         if hot(scope["path"]) is None:  # the service counts the others
-            self.service.metrics.answered("page", "", 0, answer.status, time.perf_counter() - began)
+            self.service.metrics.answered("page", "", 0, answer.status, seconds)
+        if self.service.guard is not None and self.service.guard.access_log is not None:
+            self.service.guard.access_log.add(_line(scope, answer, told, seconds))
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", str(len(answer.body)).encode()),
@@ -72,11 +88,11 @@ class App:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
-    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+    async def _answer(self, scope: Scope, receive: Receive, told: Told) -> Answer:
         path, method = scope["path"], scope["method"]
         headers = {name: value for name, value in scope["headers"] if name in WANTED}
         client = scope.get("client") or ("",)
-        key = self.service.admit(method, path, headers, client[0])
+        told.key = self.service.admit(method, path, headers, client[0])
         route = hot(path)
         if path == "/metrics" and method in ("GET", "HEAD"):
             return await asyncio.to_thread(self._metrics, headers.get(b"accept", b"").decode("latin-1"))
@@ -84,15 +100,18 @@ class App:
             if method != "POST":
                 raise _wrong_method(method, path, "POST")
             body = await _body(receive, self.service.limits)
+            told.received = len(body)
             asked = read(parts, inflate(body, headers.get(b"content-encoding"), self.service.limits))
-            found = await operate(self.service, asked, Operator(path, key, client[0]))
+            found = await operate(self.service, asked, Operator(path, told.key, client[0]))
             return as_json(found if asked.name == "index" else {})
         if route is None:
             return self._page(path, method)
         if method != "POST":
             raise _wrong_method(method, path, "POST")
-        self.service.model(route.workload, route.version)  # an unknown workload is said before ten megabytes are read
+        # An unknown workload is said before ten megabytes are read.
+        told.version = self.service.model(route.workload, route.version).version
         body = await _body(receive, self.service.limits)
+        told.received, told.began = len(body), time.perf_counter()
         request = Request(route.name, route.workload, body, headers, route.version)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         call = self.service.accept(request, lambda answer: None if future.done() else future.set_result(answer))
@@ -124,8 +143,10 @@ class App:
                 version, rest = int(number), more
         if rest not in ([], ["ready"]):
             return None
-        model = self.service.model(workload, version)
-        return as_json({"name": workload, "ready": True} if rest else metadata(model))
+        if rest:
+            self.service.check_ready(workload, version)
+            return as_json({"name": workload, "ready": True})
+        return as_json(metadata(self.service.model(workload, version)))
 
     def _ready(self, ready: bool, name: str) -> Answer:
         return as_json({name: ready}, 200 if ready else 503)
@@ -136,6 +157,14 @@ class App:
 
     def _html(self, text: str) -> Answer:
         return Answer(200, text.encode(), 0, b"text/html; charset=utf-8")
+
+
+def _line(scope: Scope, answer: Answer, told: Told, seconds: float) -> Access:
+    request = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    return Access(
+        time.time(), request, (scope.get("client") or ("",))[0], told.key, scope["method"], scope["path"],
+        answer.status, told.received, len(answer.body), seconds * 1000, answer.rows, told.version,
+    )  # fmt: skip
 
 
 def scope_text(path: str) -> str:

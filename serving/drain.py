@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -76,7 +77,7 @@ class Drain:
         """Make segments ready whose writer has ended; returns how many."""
         adopted = 0
         for path in sorted(self.open_folder.iterdir()):
-            with path.open("rb") as file:
+            with suppress(FileNotFoundError), path.open("rb") as file:  # its writer hands it over meanwhile
                 if _locked(file):  # held until the file is renamed: a writer that just made it takes another one
                     adopted += self._adopt(path, file.read())
         return adopted

@@ -6,7 +6,7 @@ HTTP, and what to serve (`serving.generation`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,14 +41,27 @@ class Engine:
     """The last version that was refused, until another one serves."""
     known: dict[str, Desired] = field(default_factory=dict)
     """What should serve; no version: the workload is registered and has no champion yet."""
+    everywhere: Mapping[str, int | None] | None = None
+    """By workload, the version that every worker knows (`serving.everywhere`); None: this process is the only one."""
     missing: tuple[str, ...] = ()
     """Workloads of which nothing could be loaded when this process started."""
 
     @property
     def ready(self) -> bool:
-        """Something serves, and every workload that should have been loaded at the start was."""
+        """Something serves, whichever worker is asked, and what should have been loaded at the start was."""
         wanted = (self.known.get(name) for name in self.missing)
-        return bool(self.models) and all(desired is None or desired.version is None for desired in wanted)
+        return any(map(self.answers, self.models)) and all(
+            desired is None or desired.version is None for desired in wanted
+        )
+
+    def answers(self, workload: str, version: int | None = None) -> bool:
+        """Whether the workload, or a version of it, is answered, whichever worker is asked."""
+        model = self.models.get(workload)
+        if model is None or (version is not None and version != model.version):
+            return False
+        if self.everywhere is None:
+            return True
+        return workload in self.everywhere and version in (None, self.everywhere[workload])
 
     def refusal(self, workload: str) -> Refusal:
         """Why nothing answers for the workload."""

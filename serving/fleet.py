@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from serving.everywhere import Everywhere
 from serving.generation import Generation, numbers, prune, write
 from serving.ledger import Ledger
 from serving.metrics import Metrics
@@ -62,7 +63,7 @@ class Fleet:
         self.sources: frozenset[str] = frozenset()
         """Names of the processes that may still write; replaced at each step, so another thread may read it."""
         self.folder = plan.folder
-        self.ledger, self.pool = Ledger(plan.folder), Pool(plan)
+        self.ledger, self.pool, self.everywhere = Ledger(plan.folder), Pool(plan), Everywhere(plan.folder)
         self._number = max(numbers(self.folder), default=0)
         desired = self.ledger.desired()
         entries = {name: entry for name, entry in desired.items() if entry.version is not None}
@@ -93,10 +94,11 @@ class Fleet:
             self.pool.keep_spare()
         loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
         said = [worker.describe() for worker in [*self.members, *self._old, *loading, *self.pool.leaving]]
+        self._say_ready()
         self.sources = frozenset(one.source for one in [*self.members, *self._old, *loading, *self.pool.all()])
         if self.ledger.workers(said):
             prune(self.folder, self._needed())
-        return 0.02 if busy else 0.1
+        return 0.02 if busy or self.pool.leaving else 0.1
 
     def stop(self) -> None:
         """End every worker; those that answer finish what they have."""
@@ -127,10 +129,16 @@ class Fleet:
             self._old = []
 
     def _go(self, worker: Worker) -> None:
+        self._say_ready(worker)
         self.ledger.settled(self.current.entries)
         worker.go()
         logger.info("Generation %d answers: worker %d was ready after %.2f s with %d MB.", worker.generation,
                     worker.pid, worker.seconds, worker.memory_mb)  # fmt: skip
+
+    def _say_ready(self, *joining: Worker) -> None:
+        """Every worker that may be asked knows these models; `joining` ones are about to accept."""
+        answering = [one for one in [*self.members, *self._old, *self.pool.leaving] if one.answers]
+        self.everywhere.say({one.generation for one in [*answering, *joining]})
 
     def _lost(self, worker: Worker, failure: Failure) -> None:
         """A worker of the present generation died, or cannot load it."""
@@ -252,6 +260,7 @@ class Fleet:
     # What its processes are
 
     def _start(self, generation: Generation) -> Worker:
+        self.everywhere.made(generation)
         return self.pool.start(generation.number, write(self.folder, generation))
 
     def _busy(self) -> bool:

@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.audit import Access, AccessLog
+from serving.connections import LAST_WORDS_SECONDS
 from serving.exchange import Exchange, Heads, Held
 from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import Answer, Refusal, refused
 
-SWEEP_SECONDS = 0.5
-"""How often connections are looked at that took too long."""
-LAST_WORDS_SECONDS = 2.0
-"""How long a connection may stay idle once the worker drains: a client that has just sent a request is still
-answered."""
 FULL = Refusal(503, "The server holds too much already; try again in a second.", ((b"retry-after", b"1"),))
 SPLIT_BYTES = 64 * 1024
 """A larger answer is written after its head instead of being copied behind it."""
@@ -236,6 +231,11 @@ class Protocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser does not take for HTTP."""
+        super().send_400_response(msg)
+        self._note_refused(400, len(msg))
+
     def _header_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
@@ -252,6 +252,13 @@ class Protocol(HttpToolsProtocol):
             (time.perf_counter() - began) * 1000, answer.rows, model.version if model else None,
         ))  # fmt: skip
 
+    def _note_refused(self, status: int, sent: int) -> None:
+        """A line for what never became a whole request: without a path, as long as that is not known whole."""
+        if self.notes is not None:
+            exchange = self.exchange
+            key, method, path = (exchange.key, "POST", exchange.route.path) if exchange else ("", "", "")
+            self.notes.add(Access(time.time(), "", self.address, key, method, path, status, 0, sent, 0.0, 0, None))
+
     def _write(self, answer: Answer, keep: bool) -> None:
         head = self.heads.of(answer, keep, self.server_state.default_headers)
         if len(answer.body) <= SPLIT_BYTES:
@@ -264,7 +271,9 @@ class Protocol(HttpToolsProtocol):
         """Answer what is no request, and let go of the connection."""
         answered = self.reading == "body" and self.cycle is not None and self.cycle.response_complete
         if not answered:
-            self._write(refused(refusal), keep=False)
+            answer = refused(refusal)
+            self._write(answer, keep=False)
+            self._note_refused(answer.status, len(answer.body))
         # Closing at once would reset a connection on which more is under way, and the client would not read why.
         self.reading = "nothing"
         self.since = self.loop.time()
@@ -274,13 +283,3 @@ class Protocol(HttpToolsProtocol):
 def protocol(service: Service) -> type[Protocol]:
     """The protocol class of a worker's connections."""
     return type("Connection", (Protocol,), {"service": service, "held": Held()})
-
-
-async def sweep(connections: set[Any]) -> None:
-    """Look at every connection again and again; runs until it is cancelled."""
-    loop = asyncio.get_running_loop()
-    while True:
-        await asyncio.sleep(SWEEP_SECONDS)
-        now = loop.time()
-        for connection in list(connections):
-            connection.sweep(now)

@@ -174,10 +174,30 @@ class Metrics:
         """Count one sync of the log to the disk."""
         self._observe("noria_log_sync_duration_seconds", (), seconds)
 
-    def shadowed(self, workload: str, version: int, *, scored: int = 0, dropped: int = 0) -> None:
-        """Count rows that a shadow scored, and those it let go because it fell behind."""
-        for result, rows in (("scored", scored), ("dropped", dropped)):
+    def shadowed(
+        self, workload: str, version: int, *, scored: int = 0, failed: int = 0, dropped: int = 0,
+        runs: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        """Count rows that a shadow scored, could not answer, and let go because it fell behind.
+
+        `runs` are its runs, counted as the family's histogram: one number a bucket, those above, the sum of seconds.
+        """
+        for result, rows in (("scored", scored), ("failed", failed), ("dropped", dropped)):
             self._add("noria_shadow_rows_total", (workload, str(version), result), rows)
+        name = "noria_shadow_run_duration_seconds"
+        held = self._numbers[name].setdefault((workload, str(version)), [0.0] * BY_NAME[name].width)
+        for place, count in enumerate(runs[: len(held)]):
+            held[place] += count
+
+    def shadow_stands(self, workload: str, *, failed: bool, restarts: int) -> None:
+        """Whether its challenger was given up, and how often more its process ended by itself."""
+        self._set("noria_shadow_failed", (workload,), failed)
+        self._add("noria_shadow_restarts_total", (workload,), restarts)
+
+    def shadow_waits(self, workload: str, rows: int, oldest: float | None) -> None:
+        """Rows that wait for the shadow; `oldest` row's time in seconds since 1970."""
+        self._set("noria_shadow_pending_rows", (workload,), rows)
+        self._set("noria_shadow_lag_seconds", (workload,), max(0.0, time.time() - oldest) if oldest else 0.0)
 
     def connected(self, connections: int) -> None:
         """So many client connections are open now."""

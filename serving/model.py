@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from noria.errors import BundleError
-from noria.runtime import SCORE, Providers, Runner, open_session, placed, provider_of, runner
+from noria.runtime import SCORE, Providers, Runner, nodes_by_provider, open_session, placed, provider_of, runner
 from registry.bundle import Bundle
 from registry.graph import check_file
 from registry.proof import ABSOLUTE, RELATIVE
@@ -95,8 +95,13 @@ class Model:
         return any(-1 in tensor.shape[1:] for tensor in self.inputs)
 
     @cached_property
+    def nodes(self) -> dict[str, int]:
+        """How many nodes of the graph run where, by provider, best first: tensorrt, cuda, cpu."""
+        return nodes_by_provider(self.session)
+
+    @cached_property
     def provider(self) -> str:
-        """Where it runs: tensorrt, cuda or cpu, the best one that runs any of its nodes."""
+        """Where it runs: the best provider that runs any of its nodes."""
         return provider_of(self.session)
 
     def expected(self, rows: int) -> float:

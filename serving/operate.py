@@ -94,15 +94,16 @@ async def operate(service: Service, operation: Operation, operator: Operator) ->
 
 def index(service: Service, *, is_ready: bool = False) -> list[dict[str, Any]]:
     """Every model that is known: its name, version, state and, where it does not answer, the reason."""
-    engine = service.engine
+    engine = service.look()
     found = []
     for name in sorted({*engine.models, *engine.known, *engine.failures}):
         model, failed, known = engine.models.get(name), engine.failures.get(name), engine.known.get(name)
-        if model is not None:
+        if model is not None and engine.answers(name):
             found.append({"name": name, "version": str(model.version), "state": "READY", "reason": ""})
         elif failed is None:
             version = "" if known is None or known.version is None else str(known.version)
-            found.append({"name": name, "version": version, "state": "UNAVAILABLE", "reason": "nothing is loaded"})
+            reason = "nothing is loaded" if model is None else "not every worker has loaded it"
+            found.append({"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason})
         if failed is not None:
             version = str(failed.version)
             found.append({"name": name, "version": version, "state": "UNAVAILABLE", "reason": failed.reason})

@@ -24,7 +24,9 @@ def home(engine: Engine) -> str:
     rows = []
     for name in sorted({*engine.known, *engine.models}):
         model, state, failed = engine.models.get(name), engine.states.get(name), engine.failures.get(name)
-        serves = f"version {model.version}, since {escape(state.since)}" if model and state else "no champion yet"
+        where = ", ".join(f"{provider} ({count} nodes)" for provider, count in model.nodes.items()) if model else ""
+        since = f", since {escape(state.since)}" if state else ""
+        serves = f"version {model.version} on {where or 'cpu'}{since}" if model else "no champion yet"
         trouble = f"<br><small class=bad>version {failed.version}: {escape(failed.reason)}</small>" if failed else ""
         rows.append(f"<tr><td><a href='/docs#{escape(name)}'>{escape(name)}</a></td><td>{serves}{trouble}</td></tr>")
     table = f"<table><tr><th>workload</th><th>serves</th></tr>{''.join(rows)}</table>"

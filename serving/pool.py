@@ -57,6 +57,7 @@ class Pool:
     def end_leaving(self) -> None:
         """See to it that those which were told to end do."""
         for worker in list(self.leaving):
+            worker.look()
             if not worker.ended and worker.leaving > END_SECONDS:
                 logger.error("Worker %d does not end; killing it.", worker.pid)
                 worker.kill()

@@ -33,6 +33,7 @@ from serving.lag import handed_over, look_at_log
 from serving.metrics import Metrics
 from serving.repeat import repeat
 from serving.repository import LOOK_SECONDS, Repository
+from serving.shadow_counts import ShadowCounts
 from serving.supervise import MB, Plan, listen, reserve
 
 COUNT_SECONDS = 1.0
@@ -68,7 +69,7 @@ def serve(
         repository = Repository(Path(settings.repository) if settings.repository else None, settings.serving)
         repository.step()  # what lies there at the start is loaded by the first workers
         fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers, metrics)
-        count = partial(_count, metrics, fleet, settings.serving)
+        count = partial(_count, metrics, fleet, settings.serving, ShadowCounts(settings.serving))
         steps: list[Step] = [(repository.step, LOOK_SECONDS), (count, COUNT_SECONDS)]
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
         _work(fleet, steps, Background(settings, mlflow_url, stop), stop)
@@ -126,9 +127,10 @@ class Background:
         importlib.import_module("serving.background").run(self.settings, self.mlflow_url, self.stop, self.ended)
 
 
-def _count(metrics: Metrics, fleet: Fleet, folder: Path) -> None:
+def _count(metrics: Metrics, fleet: Fleet, folder: Path, shadow: ShadowCounts) -> None:
     """Write the parent's own numbers down, and add up those of the processes that have ended."""
     look_at_log(metrics, handed_over(folder / "log"), fleet.current.entries)
+    shadow.look(metrics)
     metrics.dump()
     if fleet.sources:
         tally.retire(folder / "metrics", {*fleet.sources, metrics.source})

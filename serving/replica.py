@@ -124,6 +124,9 @@ class Replica:
             "counting": (lambda: asyncio.to_thread(self.service.metrics.dump), METRICS_SECONDS),
             "draining": (lambda: asyncio.to_thread(self.drain.step), DRAIN_SECONDS),
         }
+        access_log = self.service.guard.access_log if self.service.guard else None
+        if access_log is not None:
+            repeated["noting"] = (lambda: asyncio.to_thread(access_log.flush), ROTATE_SECONDS)
         self._tasks = [asyncio.create_task(_repeat(*what), name=name) for name, what in repeated.items()]
         await send({"type": "lifespan.startup.complete"})
         await receive()

@@ -189,8 +189,8 @@ class Repository:
             if key[0] == order.name:
                 fault.until = 0.0
 
-    def _answer(self, order: Order, found: Mapping[str, object]) -> None:
-        """Say what came of an order, when that is known."""
+    def _answer(self, order: Order, found: Mapping[str, Mapping[int, Mark]]) -> None:
+        """Say what came of an order, when that is known. What is loaded is the newest version, or nothing."""
         desired = state.read(self.desired_folder, Desired).get(order.name)
         reached = state.read(self.folder / "state", State).get(order.name)
         failed = state.read(self.folder / "failed", State).get(order.name)
@@ -200,17 +200,23 @@ class Repository:
             reason = f"There is no model '{order.name}' in the repository of this server."
         elif not order.load:
             reason = "" if reached is None and self._calm() else None
-        elif desired is not None and reached is not None and reached.asked == desired.asked:
-            reason = "" if self._calm() else None
         elif failed is not None and (desired is None or failed.asked == desired.asked):
             reason = failed.reason
+        else:
+            number = max(found[order.name])
+            mark, fault = found[order.name][number], self._faults.get((order.name, number))
+            if fault is not None and fault.mark == mark and time.monotonic() < fault.until:
+                reason = fault.reason
+            elif reached is not None and reached.asked == self._asked(order.name, number, mark):
+                reason = "" if self._calm() else None
         if reason is not None:
             orders.answer(self.folder, order.key, reason)
 
     def _calm(self) -> bool:
-        """Whether all workers that accept serve the same."""
+        """Whether all workers that may be asked serve the same: an order's own answer may be all that is left of one
+        that has drained."""
         workers = json.loads((self.folder / "workers.json").read_bytes())
-        known = {(worker["phase"], worker["generation"]) for worker in workers if worker["phase"] != "leaving"}
+        known = {(worker["phase"], worker["generation"]) for worker in workers if not worker.get("drained")}
         return len(known) == 1 and {phase for phase, _ in known} == {"accepting"}
 
     def _say(self, sentence: str) -> None:

@@ -94,12 +94,12 @@ class Methods:
 
     async def ServerReady(self, request: Any, caller: Caller) -> Any:
         """Whether every workload that should serve does."""
-        return {"ready": self.service.engine.ready}
+        return {"ready": self.service.look().ready}
 
     async def ModelReady(self, request: Any, caller: Caller) -> Any:
         """Whether a model answers. An unknown one is NOT_FOUND, one that is not loaded yet is not ready."""
         try:
-            self._model(request)
+            self.service.check_ready(request.name, _version(request.version, request.name))
         except Refusal as refusal:
             if refusal.status != 503:
                 raise

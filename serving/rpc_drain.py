@@ -71,7 +71,8 @@ async def _close(listening: socket.socket) -> None:
         if not any(_info(listening)[WAITING_IN_TCP_INFO]):
             break
         await asyncio.sleep(0.001)
-    listening.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):  # a descriptor of the same socket was here before
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 async def _tell(port: int, gate: asyncio.Event) -> None:

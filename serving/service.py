@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from noria.errors import SchemaError
 from registry.bundle import Bundle
+from serving import everywhere
 from serving.arrow import CONTENT_TYPE as ARROW
 from serving.arrow import decode_arrow
 from serving.batch import Call
@@ -247,24 +247,17 @@ class Service:
             raise Refusal(404, f"Version {version} of {workload} does not serve; {model.version} does.")
         return model
 
-    def status(self) -> Answer:
-        """`GET /status`: by workload the version, since when, what was last asked for, and rows not yet in the lake."""
-        pending = self.log.pending()
-        workloads: dict[str, Any] = {}
-        for name in sorted({*self.engine.known, *self.engine.models, *pending}):
-            state, model = self.engine.states.get(name), self.engine.models.get(name)
-            failed = self.engine.failures.get(name)
-            rows, segments = pending.get(name, (0, 0))
-            workloads[name] = {
-                "version": model.version if model else None,
-                "since": state.since if state else None,
-                "replaced": state.replaced if state else None,
-                "failure": {"version": failed.version, "reason": failed.reason, "at": failed.since} if failed else None,
-                "pending": rows,
-                "segments": segments,
-            }
-        log = {"lost": self.log.lost, "failure": self.log.failure or None}
-        return as_json({"ready": self.engine.ready, "workloads": workloads, "log": log})
+    def look(self) -> Engine:
+        """The engine, which knows what the other workers answer by now."""
+        if self.folder is not None:
+            self.engine.everywhere = everywhere.read(self.folder)
+        return self.engine
+
+    def check_ready(self, workload: str, version: int | None = None) -> None:
+        """Raises Refusal 503 while a worker may be asked that does not answer for the model; as `model` otherwise."""
+        found = self.model(workload, version)
+        if not self.look().answers(workload, version):
+            raise Refusal(503, f"Version {found.version} of {workload} is not ready; try again in a second.")
 
 
 def too_large(limits: Limits) -> Refusal:

@@ -18,6 +18,8 @@ import shutil
 import signal
 import threading
 import time
+from bisect import bisect_left
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from noria.errors import BundleError
 from serving import shadow_state
 from serving.capture import FLAGS
 from serving.drain import Ready, read
+from serving.families import SHORT_SECONDS
 from serving.feed import Feed
 from serving.model import Model, load
 from serving.shadow_scores import Answers, chosen, score
@@ -122,6 +125,7 @@ class Shadow:
                 difference=before.difference + answers.difference,
                 errors=before.errors + answers.errors,
                 error=answers.error or before.error,
+                runs=_counted(before.runs, answers.seconds),
             ),
         )
         path.unlink(missing_ok=True)
@@ -155,6 +159,14 @@ class Shadow:
     def _keep(self, workload: str, reached: Reached) -> None:
         self._reached[workload] = reached
         shadow_state.write(self.folder / "state.json", self._reached)
+
+
+def _counted(runs: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    held = list(runs) or [0.0] * (len(SHORT_SECONDS) + 2)
+    for taken in seconds:
+        held[bisect_left(SHORT_SECONDS, taken)] += 1
+        held[-1] += taken
+    return held
 
 
 def yield_to_all() -> None:

@@ -32,6 +32,8 @@ class Answers:
     difference: float = 0.0
     errors: int = 0
     error: str = ""
+    seconds: list[float] = field(default_factory=list)
+    """How long each run took."""
 
     def __len__(self) -> int:
         return sum(len(part["id"]) for part in self.parts)
@@ -90,6 +92,7 @@ def _run(model: Model, tensors: Tensors, log: dict[str, np.ndarray], answers: An
     except Exception as error:  # ONNX Runtime's own types; any of them means that these rows have no answer
         answers.refuse(len(log["id"]), " ".join(str(error).split()))
         return
+    answers.seconds.append(time.perf_counter() - began)
     finite = np.isfinite(scores)
     if not finite.all():
         answers.refuse(int((~finite).sum()), "It has no finite score for some rows.")

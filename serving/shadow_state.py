@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +52,8 @@ class Reached:
     """Rows that it could not answer."""
     error: str = ""
     """The last of them, as a sentence."""
+    runs: Sequence[float] = ()
+    """How long its runs took: of each bucket of `serving.families.SHORT_SECONDS` how many, those above, the sum."""
 
 
 @dataclass(frozen=True)

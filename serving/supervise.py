@@ -109,6 +109,8 @@ class Worker:
         self.memory_mb = 0
         """Resident memory when it had loaded."""
         self.started = self._asked = self._since = time.monotonic()
+        self.drained = False
+        """Told to end, it accepts no more, and each connection that is left brings no further request."""
         self._retired: float | None = None
         self._loading: tuple[str, int] | None = None
         self._heard = b""
@@ -154,11 +156,16 @@ class Worker:
         """Whether the process is gone."""
         return self._process.poll() is not None
 
+    @property
+    def answers(self) -> bool:
+        """Whether a request may still come to it."""
+        return self.phase in ("opening", "accepting") and not self.drained and self.failure is None
+
     def describe(self) -> dict[str, object]:
         """What a person wants to know of it."""
         phase = self.phase if self._retired is None else "leaving"
         loaded = {"seconds": round(self.seconds, 3), "memory_mb": self.memory_mb}
-        return {"pid": self.pid, "generation": self.generation, "phase": phase, **loaded}
+        return {"pid": self.pid, "generation": self.generation, "phase": phase, "drained": self.drained, **loaded}
 
     def look(self) -> None:
         """Take in what it reported and whether it lives; one that breaks a limit while loading is killed."""
@@ -236,6 +243,8 @@ class Worker:
             self.seconds, self.memory_mb = time.monotonic() - self._asked, said["memory_mb"]
         elif "accepting" in said:
             self.phase = "accepting"
+        elif "drained" in said:
+            self.drained = True
 
     def _ended(self, code: int) -> None:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

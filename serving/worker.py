@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ from serving.app import App
 from serving.batcher import Batcher
 from serving.capture import Log
 from serving.config import Config
+from serving.connections import LAST_WORDS_SECONDS, drain, sweep
 from serving.engine import Engine, Unloadable
-from serving.http import protocol, sweep
+from serving.http import protocol
 from serving.ids import Ids, read_key
 from serving.lag import look_at_log
 from serving.limits import Limits
@@ -110,11 +112,10 @@ def _die_with_parent(number: int) -> None:
 class Server(uvicorn.Server):
     """HTTP, and gRPC where it has a port. How HTTP connections end is their own business (`serving.http`)."""
 
-    def __init__(
-        self, config: uvicorn.Config, accepting: Callable[[], None], service: Service, grpc: int | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, tell: Callable[..., None], service: Service, grpc: int | None) -> None:
+        """`tell` hears `accepting` and, when it ends, `drained`."""
         super().__init__(config)
-        self.accepting, self.service, self.grpc = accepting, service, grpc
+        self.tell, self.service, self.grpc = tell, service, grpc
         self._rpc: Any = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -123,14 +124,21 @@ class Server(uvicorn.Server):
             rpc = importlib.import_module("serving.rpc")  # 25 MB that a server without the port does without
             self._rpc = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc)
         await super().startup(sockets)
-        self.accepting()
+        self.tell(accepting=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what is asked."""
-        endings = [super().shutdown(sockets)]
-        if self._rpc is not None:
-            endings.append(self._rpc.stop(GRACE_SECONDS))
-        await asyncio.gather(*endings)
+        """Finish what is asked, and say when nothing more can be."""
+        kind: Any = self.config.http_protocol_class
+        kind.draining = True  # also of a connection that was accepted and is not made yet
+        endings = [] if self._rpc is None else [asyncio.ensure_future(self._rpc.stop(GRACE_SECONDS))]
+        await asyncio.gather(super().shutdown(sockets), self._drain(*endings), *endings)
+
+    async def _drain(self, *endings: asyncio.Future[None]) -> None:
+        await drain(self.server_state.connections)
+        if endings:  # a call that takes longer is its connection's last
+            await asyncio.wait(endings, timeout=LAST_WORDS_SECONDS)
+        with suppress(BrokenPipeError):  # the parent is gone
+            self.tell(drained=True)
 
 
 async def run(server: Server, listener: socket.socket, service: Service, folder: Path) -> None:
@@ -232,7 +240,7 @@ def main() -> None:
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     config.load()
-    server = Server(config, lambda: parent.tell(accepting=True), service, given.grpc)
+    server = Server(config, parent.tell, service, given.grpc)
     load(parent, engine, Path(parent.hear()))
     for model in engine.models.values():
         service.metrics.loaded(model.workload, model.version, model.provider)

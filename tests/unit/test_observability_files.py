@@ -52,6 +52,8 @@ def exposed():
     metrics.queued("taxi", 2)
     metrics.swapped("taxi", "serving", 2.0)
     metrics.shadowed("taxi", 4, scored=1, dropped=1)
+    metrics.shadow_stands("taxi", failed=False, restarts=0)
+    metrics.shadow_waits("taxi", 10, time.time() - 5)
     metrics.log_lag("taxi", 10, 1, time.time() - 5)
     metrics.log_synced(0.001)
     metrics.connected(1)

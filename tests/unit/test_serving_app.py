@@ -21,6 +21,8 @@ from registry.proof import Proof
 from serving.app import App
 from serving.capture import Log
 from serving.engine import Engine
+from serving.everywhere import Everywhere
+from serving.generation import Generation
 from serving.ids import Ids
 from serving.metrics import Metrics
 from serving.service import Service
@@ -162,7 +164,7 @@ def test_a_client_that_leaves_early_is_no_fault(app):
     assert sent == []
 
 
-def test_pages_and_health(app):
+def test_pages_and_health(app, trips_graph):
     for path in ("/", "/docs"):
         status, body, headers = ask(app, "GET", path)
         assert (status, headers[b"content-type"]) == (200, b"text/html; charset=utf-8")
@@ -176,7 +178,40 @@ def test_pages_and_health(app):
     assert orjson.loads(ask(app, "GET", "/v2/models/trips")[1])["versions"] == ["1"]
     status = orjson.loads(ask(app, "GET", "/status")[1])
     assert status["workloads"]["trips"]["version"] == 1
-    assert status["workloads"]["buses"]["version"] is None
+    assert status["workloads"]["trips"]["provider"] == "cpu"
+    assert status["workloads"]["trips"]["nodes"] == {"cpu": len(onnx.load_from_string(trips_graph).graph.node)}
+    buses = status["workloads"]["buses"]
+    assert (buses["version"], buses["provider"], buses["nodes"]) == (None, None, {})
+    assert b"version 1 on cpu" in ask(app, "GET", "/")[1]
+
+
+def test_a_model_that_another_worker_does_not_know_is_not_ready(bundles, tmp_path):
+    """It answers whom it is asked by; but the next request may come to the other one."""
+    engine = Engine("cpu")
+    engine.take(Desired("trips", 1, str(bundles / "1"), "a"))
+    service = Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), folder=tmp_path)
+    app = App(service)
+
+    def told():
+        paths = ("/v2/health/ready", "/v2/models/trips/ready", "/v2/models/trips/versions/1/ready")
+        status = orjson.loads(ask(app, "GET", "/status")[1])
+        listed = orjson.loads(ask(app, "POST", "/v2/repository/index")[1])
+        workload = status["workloads"]["trips"]
+        return [ask(app, "GET", path)[0] for path in paths], status["ready"], workload["version"], listed[0]["state"]
+
+    assert told() == ([200, 200, 200], True, 1, "READY"), "there is no other worker"
+    fleet = Everywhere(tmp_path)
+    old, new = Generation(1), Generation(2, {"trips": Desired("trips", 1)})
+    for generation in (old, new):
+        fleet.made(generation)
+    fleet.say({1, 2})
+    assert told() == ([503, 503, 503], False, None, "UNAVAILABLE")
+    assert post(app, "/predict/trips", {"records": [RECORD]})[0] == 200
+    fleet.say({2})
+    assert told() == ([200, 200, 200], True, 1, "READY")
+    fleet.made(Generation(3, {"trips": Desired("trips", 2)}))
+    fleet.say({2, 3})
+    assert told() == ([200, 200, 503], True, 1, "READY"), "one of them answers with another version"
 
 
 def test_the_examples_of_the_documentation_work(app):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import threading
@@ -10,18 +11,25 @@ import time
 import zlib
 from dataclasses import replace
 
+import grpc.aio
 import httpx
 import orjson
 import pytest
 import uvicorn
 
+from noria.settings import load_settings
 from registry.bundle import write
+from serving import keys, rpc
 from serving.app import App
 from serving.capture import Log
+from serving.config import Config
+from serving.connections import sweep
 from serving.engine import Engine
-from serving.http import protocol, sweep
+from serving.guard import protection
+from serving.http import protocol
 from serving.ids import Ids
 from serving.limits import Limits
+from serving.messages import MESSAGES
 from serving.metrics import Metrics
 from serving.service import Service
 from serving.state import Desired
@@ -52,6 +60,7 @@ class Running:
             time.sleep(0.01)
 
     async def run(self):
+        self.loop = asyncio.get_running_loop()
         task = asyncio.create_task(sweep(self.server.server_state.connections))
         await self.server.serve(sockets=[self.listener])
         task.cancel()
@@ -77,6 +86,83 @@ def running(bundle, tmp_path):
     made = Running(service)
     yield made
     made.stop()
+
+
+@pytest.fixture
+def noting(bundle, tmp_path):
+    """A server that keeps an access log, with a key for each role, and what reads its lines."""
+    settings = load_settings(home=tmp_path, access_log=str(tmp_path / "access.jsonl"))
+    made = {role: keys.add(settings.keys_file, role, [role], "now") for role in keys.ROLES}
+    protected = protection(settings, {}, "here")
+    engine = Engine("cpu")
+    engine.take(Desired("trips", 1, str(bundle), "a"))
+    config = Config(replace(protected, limits=LIMITS))
+    service = Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), config=config)
+    found = Running(service)
+    found.keys = made
+
+    def lines():
+        service.guard.access_log.flush()
+        file = tmp_path / "access.jsonl"
+        return [orjson.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+
+    found.lines = lines
+    yield found
+    found.stop()
+    service.close()
+
+
+def test_every_answer_has_one_line_in_the_access_log(noting):
+    def key(role):
+        return f"authorization: Bearer {noting.keys[role]}\r\n"
+
+    def get(path, role="predict", method="GET"):
+        head = f"{method} {path} HTTP/1.1\r\nhost: here\r\nx-request-id: r1\r\n"
+        return f"{head}{key(role) if role else ''}\r\n".encode()
+
+    large = post(path="/nowhere", headers=key("operate"), body=b"x" * 10)
+    asked = [
+        (get("/status"), "GET", "/status", 200, "predict"),
+        (get("/docs?secret=1"), "GET", "/docs", 200, "predict"),
+        (get("/v2/models/trips"), "GET", "/v2/models/trips", 200, "predict"),
+        (get("/v2/models/trips", method="DELETE"), "DELETE", "/v2/models/trips", 405, "predict"),
+        (get("/v2/health/ready", ""), "GET", "/v2/health/ready", 200, ""),
+        (get("/metrics", "operate"), "GET", "/metrics", 200, "operate"),
+        (get("/nothing", "operate"), "GET", "/nothing", 404, "operate"),
+        (get("/status", ""), "GET", "/status", 401, ""),
+        (get("/metrics"), "GET", "/metrics", 403, ""),
+        (post(b"", "/v2/repository/index", headers=key("operate")), "POST", "/v2/repository/index", 200, "operate"),
+        (large, "POST", "/nowhere", 404, "operate"),
+        (post(headers=key("predict")), "POST", "/predict/trips", 200, "predict"),
+        (post(headers=key("feedback")), "POST", "/predict/trips", 403, ""),
+        (post(b"x" * (LIMITS.body_bytes + 1), headers=key("predict")), "POST", "/predict/trips", 413, ""),
+        (get("/v2", "predict") + b"", "GET", "/v2", 200, "predict"),
+        (b"NONSENSE\r\n\r\n", "", "", 400, ""),
+        (get("/x" * LIMITS.header_bytes), "", "", 431, ""),
+    ]
+    for sent, _, _, status, _ in asked:
+        assert statuses(talk(noting, sent)) == [status], sent[:60]
+    pipelined = [post(headers=key("predict")), get("/status"), post(headers=key("predict"))]
+    assert statuses(talk(noting, b"".join(pipelined), until=3)) == [200] * 3
+    found = noting.lines()
+    expected = [(method, path, status) for _, method, path, status, _ in asked]
+    expected += [("POST", "/predict/trips", 200), ("GET", "/status", 200), ("POST", "/predict/trips", 200)]
+    assert [(line["method"], line["path"], line["status"]) for line in found] == expected
+    assert [line["key"] for line in found[:12]] == [name for *_, name in asked[:12]]
+    assert {tuple(line) for line in found} == {tuple(found[11])}, "the same fields"
+    status, hot = found[0], found[11]
+    assert (status["request"], status["client"], status["version"], status["rows"]) == ("r1", "127.0.0.1", None, 0)
+    assert status["sent"] > 100 and 0 < status["ms"] < 5000
+    assert (hot["version"], hot["rows"], hot["received"]) == (1, 1, len(BODY))
+    assert (found[-1]["version"], found[-1]["rows"], found[-1]["received"]) == (1, 1, len(BODY)), "pipelined"
+
+
+def test_a_request_that_does_not_arrive_has_its_line_too(noting):
+    head = f"POST /predict/trips HTTP/1.1\r\nhost: here\r\nauthorization: Bearer {noting.keys['predict']}\r\n"
+    assert statuses(talk(noting, head.encode() + b"content-length: 50\r\n\r\n")) == [408]
+    assert statuses(talk(noting, b"POST /predict/trips HT")) == [408]
+    lines = [(line["method"], line["path"], line["status"], line["key"]) for line in noting.lines()]
+    assert lines == [("POST", "/predict/trips", 408, "predict"), ("", "", 408, "")]
 
 
 def post(body=BODY, path="/predict/trips", *, headers="", length=True):
@@ -273,3 +359,35 @@ def test_clients_of_a_library(running):
         assert client.get("/v2/models/trips/versions/2/ready").status_code == 404
         assert client.post("/predict/trips", json=[RECORD], headers={"x-request-timeout-ms": "0"}).status_code == 504
         assert client.post("/predict/trips", json=[RECORD], headers={"x-request-timeout-ms": "-1"}).status_code == 400
+
+
+def test_a_grpc_call_has_its_line_too(noting):
+    """In the same log, with the status that HTTP would have."""
+    key = ("authorization", f"Bearer {noting.keys['predict']}")
+    message = MESSAGES["ModelInferRequest"](model_name="trips")
+    sent = {"pickup": ("INT64", bytes(8)), "vendor": ("BYTES", b"\x01\0\0\0A"), "distance": ("FP32", b"\0\0\0\x40"),
+            "zone": ("INT64", b"\x01" + bytes(7))}  # fmt: skip
+    for column, (kind, value) in sent.items():
+        message.inputs.add(name=column, datatype=kind, shape=[1])
+        message.raw_input_contents.append(value)
+    calls = [("ServerLive", b"", ()), ("ModelInfer", message.SerializeToString(), (key,)), ("ModelInfer", b"", ()),
+             ("ModelInfer", b"\xff", (key,)), ("ModelReady", b"\n\x06nobody", (key,))]  # fmt: skip
+
+    async def ask():
+        server, port = await rpc.start(noting.service, "127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for method, body, metadata in calls:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await channel.unary_unary(f"/{rpc.SERVICE}/{method}")(body, metadata=metadata)
+        await server.stop(1)
+
+    asyncio.run_coroutine_threadsafe(ask(), noting.loop).result(20)
+    found = noting.lines()
+    assert [(line["path"].rpartition("/")[2], line["status"], line["key"]) for line in found] == [
+        ("ServerLive", 200, ""), ("ModelInfer", 200, "predict"), ("ModelInfer", 401, ""),
+        ("ModelInfer", 400, "predict"), ("ModelReady", 404, "predict"),
+    ]  # fmt: skip
+    infer = found[1]
+    assert (infer["rows"], infer["version"], infer["received"]) == (1, 1, len(calls[1][1]))
+    assert (infer["client"], infer["method"]) == ("127.0.0.1", "POST")
+    assert infer["sent"] > 20 and infer["ms"] > 0

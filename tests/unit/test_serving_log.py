@@ -120,6 +120,17 @@ def test_segments_of_a_dead_worker_are_adopted_without_their_torn_end(place, mod
     assert not list((place[0] / "open").iterdir())
 
 
+def test_a_segment_that_its_writer_hands_over_meanwhile_is_passed_over(place, model, trips_schema):
+    """Listed, and renamed before it is opened: here a name behind which nothing is."""
+    log = Log(place[0], "one")
+    put(log, model)
+    log.rotate()
+    drain = Drain(*place)
+    (place[0] / "open" / "trips.two.000000001").symlink_to(place[0] / "ready" / "trips.two.000000001.1")
+    assert drain.adopt() == 0
+    assert drain.step() == len(RECORDS)
+
+
 def test_an_adopted_segment_is_not_taken_for_an_old_one(place, model, trips_schema):
     log = Log(place[0], "one")
     stuck = put(log, model)

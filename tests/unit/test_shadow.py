@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +26,13 @@ from serving.capture import Log
 from serving.drain import Drain, read
 from serving.feed import Feed
 from serving.ids import Ids, expand
+from serving.metrics import Metrics
 from serving.model import load
 from serving.protocol import read_records
 from serving.shadow import Shadow
+from serving.shadow_counts import ShadowCounts
 from serving.shadow_scores import Answers, chosen, score
-from serving.shadow_state import Ask, Reached
+from serving.shadow_state import Ask, Reached, Status
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
 IDS = Ids(b"k" * 32, 1)
@@ -113,6 +116,41 @@ def test_a_challengers_answers_reach_their_own_table_and_no_other(home):
     assert home.waiting() == []
     state = home.reached()
     assert (state.status, state.rows, state.agreed, state.difference, state.errors) == ("shadowing", 2, 0, 20.0, 0)
+
+
+def test_what_a_shadow_does_is_counted_for_prometheus(home):
+    metrics, counts = Metrics(), ShadowCounts(home.folder)
+
+    def told(name, *labels):
+        counts.look(metrics)
+        return metrics.numbers()[name].get(labels)
+
+    shadow = Shadow(home.folder)
+    shadow.step()  # loads
+    home.answer()
+    home.move()
+    time.sleep(0.05)
+    assert told("noria_shadow_pending_rows", "trips") == [2]
+    assert 0.05 < told("noria_shadow_lag_seconds", "trips")[0] < 60
+    assert told("noria_shadow_rows_total", "trips", "2", "scored") == [0], "what is rare begins at zero"
+    assert shadow.step()
+    assert told("noria_shadow_rows_total", "trips", "2", "scored") == [2]
+    *buckets, seconds = told("noria_shadow_run_duration_seconds", "trips", "2")
+    assert sum(buckets) == 1 and 0 < seconds < 1
+    assert told("noria_shadow_pending_rows", "trips") == told("noria_shadow_lag_seconds", "trips") == [0]
+    status = Status(2, 1.0, "shadowing", "shadowing", dropped=5, restarts=1)
+    for found, dropped in ((status, 5), (replace(status, dropped=7), 7), (replace(status, dropped=1), 8)):
+        shadow_state.write(home.folder / "shadow" / "status.json", {"trips": found})
+        assert told("noria_shadow_rows_total", "trips", "2", "dropped") == [dropped]
+    assert told("noria_shadow_restarts_total", "trips") == [1]
+    shadow_state.write(home.folder / "shadow" / "status.json", {"trips": replace(status, status="failed")})
+    assert told("noria_shadow_failed", "trips") == [1]
+    shadow_state.write(home.folder / "shadow" / "status.json", {})
+    assert told("noria_shadow_failed", "trips") == [0]
+    later = Metrics()
+    counts = ShadowCounts(home.folder)
+    counts.look(later)
+    assert later.numbers()["noria_shadow_rows_total"]["trips", "2", "scored"] == [0], "counted by the one before"
 
 
 def test_training_and_watching_never_see_shadow_rows(home):
