@@ -102,6 +102,7 @@ def noting(bundle, tmp_path):
     found.keys = made
 
     def lines():
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), found.loop).result(5)  # an answer's line follows its bytes
         service.guard.access_log.flush()
         file = tmp_path / "access.jsonl"
         return [orjson.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
@@ -374,12 +375,12 @@ def test_a_grpc_call_has_its_line_too(noting):
              ("ModelInfer", b"\xff", (key,)), ("ModelReady", b"\n\x06nobody", (key,))]  # fmt: skip
 
     async def ask():
-        server, port = await rpc.start(noting.service, "127.0.0.1", 0)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        listening = await rpc.start(noting.service, "127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{listening.port}") as channel:
             for method, body, metadata in calls:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await channel.unary_unary(f"/{rpc.SERVICE}/{method}")(body, metadata=metadata)
-        await server.stop(1)
+        await listening.stop(1)
 
     asyncio.run_coroutine_threadsafe(ask(), noting.loop).result(20)
     found = noting.lines()
