@@ -25,7 +25,7 @@ up: setup
 	@$(BIN)/noria up
 
 test: setup lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m tests.side_by_side $(ARGS)
 
 unit: setup
 	@$(BIN)/python -m pytest tests/unit $(ARGS)

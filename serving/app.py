@@ -94,7 +94,9 @@ class App:
         client = scope.get("client") or ("",)
         told.key = self.service.admit(method, path, headers, client[0])
         route = hot(path)
-        if path == "/metrics" and method in ("GET", "HEAD"):
+        if path == "/metrics":
+            if method not in ("GET", "HEAD"):
+                raise _wrong_method(method, path, "GET")
             return await asyncio.to_thread(self._metrics, headers.get(b"accept", b"").decode("latin-1"))
         if route is None and is_operation(parts := path.split("/")):
             if method != "POST":
@@ -173,7 +175,8 @@ def scope_text(path: str) -> str:
 
 
 def _wrong_method(method: str, path: str, right: str) -> Refusal:
-    return Refusal(405, f"{method} does not work at {scope_text(path)}; use {right}.")
+    allow = b"GET, HEAD" if right == "GET" else right.encode()
+    return Refusal(405, f"{method} does not work at {scope_text(path)}; use {right}.", ((b"allow", allow),))
 
 
 async def _body(receive: Receive, limits: Limits) -> bytes:

@@ -40,6 +40,8 @@ from serving.model import Model, load
 STREAM = Path(__file__).parent / "stream"
 """Folder of the workload that the stack of the tests runs."""
 TIERS = ("unit", "integration", "browser", "gpu")
+STARTS_RAY = ("test_cluster.py", "test_training.py")
+"""Files of tests/integration that start one of their own, beside those that use the stack."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,7 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for tier in TIERS:
             if tier in Path(str(item.path)).parts:
                 item.add_marker(tier)
-        if "site" in getattr(item, "fixturenames", ()):
+        shares = "site" in getattr(item, "fixturenames", ())
+        if shares or (item.path.name in STARTS_RAY and item.path.parent.name == "integration"):
+            item.add_marker("ray")
+        if shares:
             # The first of them starts the stack, and may live through the stream.
             item.add_marker(pytest.mark.timeout(1200))
 

@@ -46,8 +46,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(sentence)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    """Ends with the module: its driver keeps an event loop running in this thread, where no other may run then."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS.split())
         yield browser

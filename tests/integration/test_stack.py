@@ -46,8 +46,14 @@ class Prefect:
         return httpx.get(f"{self.url}/{path}", timeout=30, trust_env=False).raise_for_status().json()
 
     def send(self, path, body, method="POST"):
-        answer = httpx.request(method, f"{self.url}/{path}", json=body, timeout=30, trust_env=False).raise_for_status()
-        return answer.json() if answer.content else None
+        """Asked again while the server says 503, as Prefect's own client does: its SQLite is locked for a moment."""
+        deadline = time.monotonic() + 60
+        while True:
+            answer = httpx.request(method, f"{self.url}/{path}", json=body, timeout=30, trust_env=False)
+            if answer.status_code != 503 or time.monotonic() > deadline:
+                answer.raise_for_status()
+                return answer.json() if answer.content else None
+            time.sleep(0.5)
 
     def deployment(self, name):
         return self.get(f"deployments/name/{name}/ferry")
