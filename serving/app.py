@@ -55,7 +55,7 @@ class App:
             "/": lambda _: self._html(pages.home(service.engine)),
             "/docs": lambda _: self._html(pages.docs(service.engine)),
             "/openapi.json": lambda _: as_json(openapi.describe(service.engine.models.values())),
-            "/status": lambda _: as_json(status(service.look(), service.log)),
+            "/status": lambda _: self._status(),
             "/v2": lambda _: as_json({"name": "noria", "version": installed("noria"), "extensions": EXTENSIONS}),
             "/v2/health/live": lambda _: as_json({"live": True}),
             "/v2/health/ready": lambda _: self._ready(service.look().ready, "ready"),
@@ -122,6 +122,10 @@ class App:
         finally:
             if call is not None:
                 call.gone = True
+
+    def _status(self) -> Answer:
+        self.service.records.flush()  # what was answered before this question is counted
+        return as_json(status(self.service.look(), self.service.log))
 
     def _page(self, path: str, method: str) -> Answer:
         page = self.pages.get(path)

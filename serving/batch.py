@@ -16,6 +16,7 @@ import numpy as np
 
 from noria.errors import SchemaError
 from noria.runtime import SCORE
+from serving.entries import Entry
 from serving.model import Model
 from serving.wire import Answer, Asked, Refusal, Rows, Scored, refused
 
@@ -55,8 +56,8 @@ class Recorded:
     ids: Sequence[str]
     actions: Sequence[str | None]
     """Empty for a plain model."""
-    later: Callable[[], object] | None = None
-    """What is left to do once the answers are on their way."""
+    later: Entry | None = None
+    """What is left to be logged once the answers are on their way."""
 
 
 @dataclass(slots=True)
@@ -71,8 +72,8 @@ class Run:
     ended: float
     logged: tuple[float, float] | None = None
     """Begin and end of the write to the log; None: it was left for later."""
-    later: Callable[[], object] | None = None
-    """Writes the rows to the log, where that was left for after the answers."""
+    later: Entry | None = None
+    """What is to be logged, where that was left for after the answers."""
 
 
 class Recorder(Protocol):

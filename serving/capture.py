@@ -17,7 +17,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import orjson
 
-from noria.runtime import SCORE
+from serving.entries import FLAGS, Entry
+from serving.entries import write as lines_of
 from serving.model import Model
-from serving.rawlog import describe, pack
+from serving.rawlog import describe
 
 MOST_PARTS = 512
 """Pieces that one write gathers; systems take 1,024."""
-FLAGS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 
 
 @dataclass
@@ -70,35 +70,10 @@ class Log:
         self._lock = threading.Lock()
         self._handing_over = threading.Lock()
 
-    def predictions(
-        self,
-        model: Model,
-        *,
-        base: int,
-        tensors: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray],
-        rows: int,
-        times: int | np.ndarray,
-        actions: Sequence[str | None],
-        latency_ms: float,
-    ) -> bool:
-        """Log the answered rows of a batch; row i has the i-th id of `base` (`serving.ids`). `times`: microseconds
-        since 1970, [rows] or the same for all. Returns whether it could."""
-        line: dict[str, Any] = {"v": model.version, "i": f"{base:x}", "t": times, "ms": round(latency_ms, 3)}
-        if isinstance(times, int):
-            line["n"] = rows
-        parts: list[memoryview] = []
-        if model.bundle is None:
-            (line["in"], parts), (line["out"], others) = pack(tensors, model.inputs), pack(outputs, model.outputs)
-            parts += others
-            line["raw"] = sum(map(len, parts))
-        else:
-            line["s"] = outputs[SCORE]
-            line["c"] = {
-                name: values.tolist() if values.dtype == object else values for name, values in tensors.items()
-            }
-            line["a"] = actions if actions and actions[0] is not None else None
-        return self._write(model.workload, rows, [orjson.dumps(line, option=FLAGS), *parts], model)
+    def predictions(self, model: Model, entries: Sequence[Entry]) -> bool:
+        """Log the answered rows of some runs, in one write. Returns whether it could."""
+        rows = sum([entry.rows for entry in entries])
+        return self._write(model.workload, rows, lines_of(model, entries), model)
 
     def labels(self, workload: str, ids: Sequence[str], labels: Sequence[float], times: np.ndarray) -> bool:
         """Log labels; `times` is when each arrived, microseconds [n]. Returns whether they could be."""

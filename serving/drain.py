@@ -15,24 +15,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO
 
-import numpy as np
-import orjson
 import pyarrow as pa
 
-from noria.column import ARROW, Column
+from noria.column import Column
 from noria.lake import Lake
 from noria.schema import Schema
-from serving.ids import expand
-from serving.rawlog import columns, unpack
+from serving.segment import Logged, Tables, lines_of, read
 
 MOST_ROWS = 100_000
 """Rows that one append takes, about."""
 COMPACT_AFTER = 50
 """Appends between two looks at whether the tables have too many small files."""
 
-Logged = Literal["predictions", "labels", "shadow"]
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +49,6 @@ class Ready:
         return cls(path, workload, source, int(number), int(rows))
 
 
-Tables = dict[Logged, pa.Table]
 TABLES: tuple[Logged, ...] = ("predictions", "labels", "shadow")
 ANY = Schema((Column("-", "number"),), event_time="-t", target="-y")
 """A segment brings its own columns; appending asks the schema nothing."""
@@ -83,7 +78,7 @@ class Drain:
         return adopted
 
     def _adopt(self, path: Path, content: bytes) -> bool:
-        rows = sum(len(line["t"]) for line in _lines(content)[0] if "t" in line)
+        rows = sum(len(line["t"]) for line in lines_of(content)[0] if "t" in line)
         if not rows:
             path.unlink()
             return False
@@ -151,122 +146,6 @@ class Drain:
         if not copy.exists():
             os.link(segment.path, copy)
             logger.error("The log segment %s is damaged (%s); it is kept at %s.", segment.path.name, reason, copy)
-
-
-def read(content: bytes) -> tuple[Tables, int]:
-    """The tables in a segment, and how many of its lines cannot be read (a torn last one does not count).
-
-    Raises ValueError, KeyError or TypeError when readable lines are not what the log writes.
-    """
-    lines, broken = _lines(content)
-    found: Tables = {}
-    served = []
-    for header in (line for line in lines if "h" in line):
-        of_version = [line for line in lines if line.get("v") == header["h"]]
-        if of_version and "plain" in header:
-            served.append(_plain(of_version, header["h"], header["plain"]))
-        elif of_version:
-            served.append(_predictions(of_version, header["h"], Schema.from_json(header["schema"])))
-    if served:
-        found["predictions"] = pa.concat_tables(served, promote_options="permissive")
-    labels = [line for line in lines if "y" in line]
-    if labels:
-        found["labels"] = _labels(labels)
-    shadowed = [line for line in lines if "shadow" in line]
-    if shadowed:
-        found["shadow"] = _shadow(shadowed)
-    return found, broken
-
-
-def _predictions(lines: Sequence[dict[str, Any]], version: int, schema: Schema) -> pa.Table:
-    """As the lake keeps them: the log's own columns, then the raw inputs."""
-    counts = [len(line["t"]) for line in lines]
-    ids = [name for line, count in zip(lines, counts, strict=True) for name in expand(int(line["i"], 16), count)]
-    actions = [action for line, count in zip(lines, counts, strict=True) for action in line["a"] or [None] * count]
-    rows = len(ids)
-    raw = schema.table({
-        column.name: _array(column.kind, [value for line in lines for value in line["c"][column.name]])
-        for column in schema.columns
-    })  # fmt: skip
-    own = {
-        "prediction_id": pa.array(ids, pa.string()),
-        "event_time": _times(lines),
-        "version": pa.array([version] * rows, pa.int64()),
-        "score": pa.array([value for line in lines for value in line["s"]], pa.float64()),
-        "action": pa.array(actions, pa.string()),
-        "latency_ms": pa.array(np.repeat([line["ms"] for line in lines], counts), pa.float64()),
-    }
-    return pa.table({**own, **{name: raw.column(name) for name in raw.column_names if name not in own}})
-
-
-def _plain(lines: Sequence[dict[str, Any]], version: int, described: Mapping[str, Any]) -> pa.Table:
-    """The rows of a plain model: the log's own columns, then its tensors."""
-    ids = [name for line in lines for name in expand(int(line["i"], 16), len(line["t"]))]
-    counts = [len(line["t"]) for line in lines]
-    own = {
-        "prediction_id": pa.array(ids, pa.string()),
-        "event_time": _times(lines),
-        "version": pa.array([version] * len(ids), pa.int64()),
-        "latency_ms": pa.array(np.repeat([line["ms"] for line in lines], counts), pa.float64()),
-    }
-    return pa.table({**own, **columns(lines, described, len(ids))})
-
-
-def _labels(lines: Sequence[dict[str, Any]]) -> pa.Table:
-    return pa.table({
-        "prediction_id": pa.array([name for line in lines for name in line["id"]], pa.string()),
-        "label": pa.array([value for line in lines for value in line["y"]], pa.float64()),
-        "arrived": _times(lines),
-    })  # fmt: skip
-
-
-def _shadow(lines: Sequence[dict[str, Any]]) -> pa.Table:
-    """A challenger's answers, as `serving.shadow` writes them."""
-    columns = {
-        "prediction_id": ("id", pa.string()),
-        "champion": ("champion", pa.int64()),
-        "score": ("s", pa.float64()),
-        "action": ("a", pa.string()),
-        "latency_ms": ("ms", pa.float64()),
-    }
-    versions = np.repeat([line["shadow"] for line in lines], [len(line["id"]) for line in lines])
-    return pa.table({
-        "event_time": _times(lines),
-        "version": pa.array(versions, pa.int64()),
-        **{name: pa.array([one for line in lines for one in line[key]], kind) for name, (key, kind) in columns.items()},
-    })  # fmt: skip
-
-
-def _times(lines: Sequence[dict[str, Any]]) -> pa.Array:
-    return pa.array([value for line in lines for value in line["t"]], pa.int64()).cast(ARROW["timestamp"])
-
-
-def _array(kind: str, values: list[Any]) -> np.ndarray:
-    """As a raw tensor, but numbers in double precision: what was sent, not what the graph was given."""
-    return np.array(values, {"number": np.float64, "integer": np.int64, "timestamp": np.int64}.get(kind, np.object_))
-
-
-def _lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a segment with the bytes that belong to them, and how many cannot be read besides a torn end."""
-    lines, broken, start, whole = [], 0, 0, memoryview(content)
-    while (end := content.find(b"\n", start)) >= 0:
-        try:
-            line = orjson.loads(whole[start:end])
-        except orjson.JSONDecodeError:
-            broken += 1
-            start = end + 1
-            continue
-        start = end + 1
-        if "n" in line:  # rows of one moment
-            line["t"] = [line["t"]] * line["n"]
-        if "raw" in line:
-            tail = whole[start : start + line["raw"]]
-            if len(tail) < line["raw"]:
-                break
-            start += line["raw"]
-            line = unpack(line, tail)
-        lines.append(line)
-    return lines, broken
 
 
 def _locked(file: IO[bytes]) -> bool:

@@ -1,7 +1,7 @@
 """How a plain model's answered rows lie in the log, and what the lake keeps of them.
 
-The tensors' bytes, in base64: decimal digits of a thousand numbers would cost more than the model. In the lake each
-input is a column `input_NAME`, each output `output_NAME`: one value a row, or a list where a row has more
+The tensors' bytes, behind the line: decimal digits of a thousand numbers would cost more than the model. In the lake
+each input is a column `input_NAME`, each output `output_NAME`: one value a row, or a list where a row has more
 (row-major).
 """
 
@@ -34,19 +34,19 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def pack(values: Mapping[str, np.ndarray], entries: Sequence[Tensor]) -> tuple[list[Any], list[memoryview]]:
-    """What the line says of the tensors, in their order: how many bytes follow, or the strings themselves; and the
-    bytes."""
+def pack(runs: Sequence[Mapping[str, np.ndarray]], entries: Sequence[Tensor]) -> tuple[list[Any], list[memoryview]]:
+    """What the line says of each tensor, in their order: how many bytes of all runs follow, or the strings themselves;
+    and the bytes."""
     said: list[Any] = []
-    parts: list[memoryview] = []
+    pieces: list[memoryview] = []
     for one in entries:
-        array = values[one.name]
+        arrays = [run[one.name] for run in runs]
         if one.datatype == "BYTES":
-            said.append(array.ravel().tolist())
+            said.append([value for array in arrays for value in array.ravel().tolist()])
         else:
-            parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            said.append(array.nbytes)
-    return said, parts
+            pieces += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
+            said.append(sum([array.nbytes for array in arrays]))
+    return said, pieces
 
 
 def unpack(line: dict[str, Any], tail: memoryview) -> dict[str, Any]:

@@ -150,6 +150,7 @@ class Replica:
 
     def _end(self) -> None:
         """Every logged row is handed over; what does not reach the lake now is the next replica's on this node."""
+        self.service.records.flush()
         self.service.log.rotate()
         self.service.metrics.dump(ended=True)
         self.service.close()

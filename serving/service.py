@@ -82,9 +82,9 @@ class Service:
         self.config, self.folder = config or Config(), folder
         self.limits = self.config.limits
         self.guard = Guard(self.config.protection) if self.config.protection else None
-        records = Records(log, ids, metrics, tracer, self.config.durable)
-        self.commit = records.commit
-        self.batcher = Batcher(engine, records, self.limits.queue, batching=self.config.batching)
+        self.records = Records(log, ids, metrics, tracer, self.config.durable)
+        self.commit = self.records.commit
+        self.batcher = Batcher(engine, self.records, self.limits.queue, batching=self.config.batching)
         self.threads = ThreadPoolExecutor(2, "feedback")
 
     def accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:

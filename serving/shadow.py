@@ -29,11 +29,12 @@ import pyarrow as pa
 
 from noria.errors import BundleError
 from serving import shadow_state
-from serving.capture import FLAGS
-from serving.drain import Ready, read
+from serving.drain import Ready
+from serving.entries import FLAGS
 from serving.families import SHORT_SECONDS
 from serving.feed import Feed
 from serving.model import Model, load
+from serving.segment import read
 from serving.shadow_scores import Answers, chosen, score
 from serving.shadow_state import Ask, Reached
 

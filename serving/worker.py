@@ -163,6 +163,7 @@ async def run(server: Server, listener: socket.socket, service: Service, folder:
     finally:
         for task in repeated:
             task.cancel()
+        service.records.flush()
         log.rotate()
         metrics.dump(ended=True)
         service.close()

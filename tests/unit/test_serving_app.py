@@ -106,10 +106,12 @@ def test_predict_and_infer_agree(app):
 
 
 def test_what_is_answered_is_in_the_log(app):
+    app.service.records.flush()
     before = app.service.log.pending().get("trips", (0, 0))[0]
     _, answer = post(app, "/predict/trips", [RECORD] * 7)
     post(app, "/predict/trips", [{**RECORD, "distance": -1}])
     post(app, "/feedback/trips", {"labels": [{"id": answer["predictions"][0]["id"], "label": 4}]})
+    app.service.records.flush()
     assert app.service.log.pending()["trips"][0] == before + 8
 
 

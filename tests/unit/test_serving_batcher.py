@@ -20,6 +20,7 @@ from serving.engine import Engine
 from serving.ids import Ids
 from serving.metrics import Metrics
 from serving.model import SHARED_SECONDS
+from serving.segment import read
 from serving.service import Request, Service
 from serving.state import Desired
 
@@ -151,6 +152,31 @@ def test_shapes_that_differ_do_not_meet(service):
     assert [outputs(one) for one in answers] == [[-1, -2, -3]] * 2
 
 
+@pytest.mark.parametrize("name", ["double", "wide"], ids=["rows alike", "rows of several widths"])
+def test_runs_of_a_few_milliseconds_are_logged_together_and_in_full(service, name):
+    widths = (2, 2, 2) if name == "double" else (2, 3, 2)
+
+    async def ask():
+        answers = []
+        for number, width in enumerate(widths):
+            content = body("x", "FP32", [1, width], [number] * width)
+            service.accept(Request("infer", name, content), answers.append)
+            for _ in range(3):  # a tick each: three runs
+                await asyncio.sleep(0)
+        assert service.log.pending() == {}
+        while not service.log.pending():
+            await asyncio.sleep(0.001)
+        return answers
+
+    assert [answer.status for answer in asyncio.run(ask())] == [200] * 3
+    assert service.log.pending() == {name: (3, 1)}
+    service.log.rotate()
+    (path,) = service.log.ready_folder.iterdir()
+    rows = read(path.read_bytes())[0]["predictions"].to_pylist()
+    assert len({row["prediction_id"] for row in rows}) == 3
+    assert [row["input_x"] for row in rows] == [[number] * width for number, width in enumerate(widths)]
+
+
 def test_batches_keep_within_the_proven_rows(service):
     most = service.engine.models["double"].most_rows
     part = body("x", "FP32", [most - 1, 2], [0.5] * (2 * most - 2))
@@ -243,6 +269,7 @@ def test_a_full_disk_answers_and_counts(service, ack):
     })])  # fmt: skip
     assert outputs(answer) == [2, 4]
     assert len(answer[1]["outputs"][1]["data"][0]) == (0 if ack == "durable" else 32)
+    service.records.flush()
     assert service.log.lost == 1
     assert "cannot be written" in service.log.failure
 

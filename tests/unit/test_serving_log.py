@@ -14,10 +14,12 @@ from noria.lake import Lake
 from noria.records import Window
 from registry.bundle import write
 from serving.capture import Log
-from serving.drain import Drain, read
+from serving.drain import Drain
+from serving.entries import Entry
 from serving.ids import Ids, expand
 from serving.model import load
 from serving.protocol import read_records
+from serving.segment import read
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
 RECORDS = [
@@ -45,10 +47,8 @@ def put(log, model, records=RECORDS, version=1, workload="trips"):
     rows = read_records(orjson.dumps(records), model.bundle.schema)
     base = IDS.base(workload, len(records))
     scores = np.arange(len(records), dtype=np.float32) + 0.1
-    log.predictions(
-        replace(model, version=version, workload=workload), base=base, tensors=rows.tensors, outputs={"score": scores},
-        rows=rows.count, times=rows.times, actions=["short"] * len(records), latency_ms=0.5,
-    )  # fmt: skip
+    entry = Entry(base, rows.count, rows.tensors, {"score": scores}, rows.times, ["short"] * len(records), 0.5)
+    log.predictions(replace(model, version=version, workload=workload), [entry])
     return list(expand(base, len(records)))
 
 
@@ -70,6 +70,27 @@ def test_rows_come_out_as_they_were_sent(place, model, trips_schema):
     assert (first["version"], first["action"], first["latency_ms"]) == (1, "short", 0.5)
     judged = lake.judged(EVER, datetime(2100, 1, 1, tzinfo=UTC)).to_pylist()
     assert [(row["prediction_id"], row["label"]) for row in judged] == [(ids[0], 7.5)]
+
+
+def test_runs_that_share_a_line_keep_their_ids_times_and_latencies(place, model, trips_schema):
+    log, moment = Log(place[0], "one"), 1_600_000_000_000_000
+    entries, ids = [], []
+    for number, times in enumerate((moment, np.array([moment + 1, moment + 2]), moment + 3)):
+        rows = read_records(orjson.dumps([RECORDS[0], RECORDS[0]]), model.bundle.schema)
+        base, scores = IDS.base("trips", 2), np.array([number, number + 0.5], np.float32)
+        entries.append(Entry(base, 2, rows.tensors, {"score": scores}, times, ["short", "long"], float(number)))
+        ids += expand(base, 2)
+    assert log.predictions(model, entries)
+    log.rotate()
+    (path,) = (place[0] / "ready").iterdir()
+    assert path.read_bytes().count(b"\n") == 2  # the header, and one line
+    assert Drain(*place).step() == 6
+    rows = {row["prediction_id"]: row for row in Lake(place[1], "trips", trips_schema).predictions(EVER).to_pylist()}
+    found = [rows[name] for name in ids]
+    assert [row["score"] for row in found] == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert [row["latency_ms"] for row in found] == [0, 0, 1, 1, 2, 2]
+    assert [row["action"] for row in found] == ["short", "long"] * 3
+    assert [int(row["event_time"].timestamp() * 1e6) - moment for row in found] == [0, 0, 1, 2, 3, 3]
 
 
 def test_many_segments_versions_and_workloads(place, model, trips_schema):

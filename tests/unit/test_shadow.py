@@ -23,12 +23,14 @@ from registry.bundle import write
 from registry.proof import Proof
 from serving import shadow_state
 from serving.capture import Log
-from serving.drain import Drain, read
+from serving.drain import Drain
+from serving.entries import Entry
 from serving.feed import Feed
 from serving.ids import Ids, expand
 from serving.metrics import Metrics
 from serving.model import load
 from serving.protocol import read_records
+from serving.segment import read
 from serving.shadow import Shadow
 from serving.shadow_counts import ShadowCounts
 from serving.shadow_scores import Answers, chosen, score
@@ -57,11 +59,9 @@ class Home:
     def answer(self, records=(RECORD, RECORD), version=1, latency=0.5):
         """Log a request as the champion does, score 3 a row; returns its ids."""
         rows, base = read_records(orjson.dumps(list(records)), self.schema), IDS.base("trips", len(records))
-        self.log.predictions(
-            replace(self.champion, version=version), base=base, tensors=rows.tensors, rows=rows.count, times=rows.times,
-            outputs={"score": np.full(len(records), 3.0, np.float32)}, actions=["short"] * len(records),
-            latency_ms=latency,
-        )  # fmt: skip
+        scores = {"score": np.full(len(records), 3.0, np.float32)}
+        entry = Entry(base, rows.count, rows.tensors, scores, rows.times, ["short"] * len(records), latency)
+        self.log.predictions(replace(self.champion, version=version), [entry])
         return list(expand(base, len(records)))
 
     def move(self):

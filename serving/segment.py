@@ -1,0 +1,145 @@
+"""What lies in a segment of the log, as the lake's tables. Pure functions of bytes.
+
+Not here: writing lines (`serving.entries`, `serving.rawlog`), moving segments (`serving.drain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from noria.column import ARROW
+from noria.schema import Schema
+from serving.entries import spread
+from serving.ids import expand
+from serving.rawlog import columns, unpack
+
+Logged = Literal["predictions", "labels", "shadow"]
+Tables = dict[Logged, pa.Table]
+
+
+def read(content: bytes) -> tuple[Tables, int]:
+    """The tables in a segment, and how many of its lines cannot be read (a torn last one does not count).
+
+    Raises ValueError, KeyError or TypeError when readable lines are not what the log writes.
+    """
+    lines, broken = lines_of(content)
+    found: Tables = {}
+    served = []
+    for header in (line for line in lines if "h" in line):
+        of_version = [line for line in lines if line.get("v") == header["h"]]
+        if of_version and "plain" in header:
+            served.append(_plain(of_version, header["h"], header["plain"]))
+        elif of_version:
+            served.append(_predictions(of_version, header["h"], Schema.from_json(header["schema"])))
+    if served:
+        found["predictions"] = pa.concat_tables(served, promote_options="permissive")
+    labels = [line for line in lines if "y" in line]
+    if labels:
+        found["labels"] = _labels(labels)
+    shadowed = [line for line in lines if "shadow" in line]
+    if shadowed:
+        found["shadow"] = _shadow(shadowed)
+    return found, broken
+
+
+def _predictions(lines: Sequence[dict[str, Any]], version: int, schema: Schema) -> pa.Table:
+    """As the lake keeps them: the log's own columns, then the raw inputs."""
+    counts, ids = [len(line["t"]) for line in lines], _ids(lines)
+    actions = [action for line, count in zip(lines, counts, strict=True) for action in line["a"] or [None] * count]
+    rows = len(ids)
+    raw = schema.table({
+        column.name: _array(column.kind, [value for line in lines for value in line["c"][column.name]])
+        for column in schema.columns
+    })  # fmt: skip
+    own = {
+        "prediction_id": pa.array(ids, pa.string()),
+        "event_time": _times(lines),
+        "version": pa.array([version] * rows, pa.int64()),
+        "score": pa.array([value for line in lines for value in line["s"]], pa.float64()),
+        "action": pa.array(actions, pa.string()),
+        "latency_ms": _latencies(lines),
+    }
+    return pa.table({**own, **{name: raw.column(name) for name in raw.column_names if name not in own}})
+
+
+def _plain(lines: Sequence[dict[str, Any]], version: int, described: Mapping[str, Any]) -> pa.Table:
+    """The rows of a plain model: the log's own columns, then its tensors."""
+    ids = _ids(lines)
+    own = {
+        "prediction_id": pa.array(ids, pa.string()),
+        "event_time": _times(lines),
+        "version": pa.array([version] * len(ids), pa.int64()),
+        "latency_ms": _latencies(lines),
+    }
+    return pa.table({**own, **columns(lines, described, len(ids))})
+
+
+def _ids(lines: Sequence[dict[str, Any]]) -> list[str]:
+    runs = ((int(base, 16), rows) for line in lines for base, rows in zip(line["i"], line["n"], strict=True))
+    return [name for base, rows in runs for name in expand(base, rows)]
+
+
+def _latencies(lines: Sequence[dict[str, Any]]) -> pa.Array:
+    milliseconds, rows = ([one for line in lines for one in line[key]] for key in ("ms", "n"))
+    return pa.array(np.repeat(milliseconds, rows), pa.float64())
+
+
+def _labels(lines: Sequence[dict[str, Any]]) -> pa.Table:
+    return pa.table({
+        "prediction_id": pa.array([name for line in lines for name in line["id"]], pa.string()),
+        "label": pa.array([value for line in lines for value in line["y"]], pa.float64()),
+        "arrived": _times(lines),
+    })  # fmt: skip
+
+
+def _shadow(lines: Sequence[dict[str, Any]]) -> pa.Table:
+    """A challenger's answers, as `serving.shadow` writes them."""
+    columns = {
+        "prediction_id": ("id", pa.string()),
+        "champion": ("champion", pa.int64()),
+        "score": ("s", pa.float64()),
+        "action": ("a", pa.string()),
+        "latency_ms": ("ms", pa.float64()),
+    }
+    versions = np.repeat([line["shadow"] for line in lines], [len(line["id"]) for line in lines])
+    return pa.table({
+        "event_time": _times(lines),
+        "version": pa.array(versions, pa.int64()),
+        **{name: pa.array([one for line in lines for one in line[key]], kind) for name, (key, kind) in columns.items()},
+    })  # fmt: skip
+
+
+def _times(lines: Sequence[dict[str, Any]]) -> pa.Array:
+    return pa.array([value for line in lines for value in line["t"]], pa.int64()).cast(ARROW["timestamp"])
+
+
+def _array(kind: str, values: list[Any]) -> np.ndarray:
+    """As a raw tensor, but numbers in double precision: what was sent, not what the graph was given."""
+    return np.array(values, {"number": np.float64, "integer": np.int64, "timestamp": np.int64}.get(kind, np.object_))
+
+
+def lines_of(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a segment with the bytes that belong to them, and how many cannot be read besides a torn end."""
+    lines, broken, start, whole = [], 0, 0, memoryview(content)
+    while (end := content.find(b"\n", start)) >= 0:
+        try:
+            line = orjson.loads(whole[start:end])
+        except orjson.JSONDecodeError:
+            broken += 1
+            start = end + 1
+            continue
+        start = end + 1
+        spread(line)
+        if "raw" in line:
+            tail = whole[start : start + line["raw"]]
+            if len(tail) < line["raw"]:
+                break
+            start += line["raw"]
+            line = unpack(line, tail)
+        lines.append(line)
+    return lines, broken
