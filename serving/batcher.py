@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from serving.batch import Call, Recorder, Run, execute
 from serving.engine import Engine
 from serving.model import Model
-from serving.wire import Answer, Refusal, refused
+from serving.wire import RETRY, Answer, Refusal, refused
 
 INLINE_SECONDS = 0.002
 """A batch that is expected to take longer runs beside the loop. A hop to the thread and back costs about a twentieth of
@@ -32,7 +32,6 @@ MOST_WAITING = 1024
 WAIT_SECONDS = 0.25
 WAIT_BATCHES = 16
 """A request that would wait longer than this, and than so many batches, is refused at once."""
-RETRY = ((b"retry-after", b"1"),)
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,7 @@ from noria.runtime import Providers
 from serving.generation import Generation
 from serving.model import Model, load
 from serving.state import Desired, State, now, read
-from serving.wire import Refusal
+from serving.wire import RETRY, Refusal
 
 
 class Unloadable(BundleError):
@@ -69,7 +69,8 @@ class Engine:
         if known and workload not in known:
             return Refusal(404, f"There is no workload '{workload[:60]}'; there are: {', '.join(known)}.")
         if desired is not None and desired.version is not None:
-            return Refusal(503, f"Version {desired.version} of {workload} is not ready; try again in some seconds.")
+            sentence = f"Version {desired.version} of {workload} is not ready; try again in some seconds."
+            return Refusal(503, sentence, RETRY)
         return Refusal(
             503,
             f"No version of {workload[:60]} has the alias champion; promote one in the MLflow UI or run "

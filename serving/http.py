@@ -18,9 +18,9 @@ from serving.connections import LAST_WORDS_SECONDS
 from serving.exchange import Exchange, Heads, Held
 from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
-from serving.wire import Answer, Refusal, refused
+from serving.wire import RETRY, Answer, Refusal, refused
 
-FULL = Refusal(503, "The server holds too much already; try again in a second.", ((b"retry-after", b"1"),))
+FULL = Refusal(503, "The server holds too much already; try again in a second.", RETRY)
 SPLIT_BYTES = 64 * 1024
 """A larger answer is written after its head instead of being copied behind it."""
 

@@ -35,7 +35,7 @@ from serving.protocol import decode_feedback, decode_predict
 from serving.recorder import Records
 from serving.tensors import decode_infer, metadata
 from serving.tracing import Tracer
-from serving.wire import Answer, Asked, Refusal, as_json, refused
+from serving.wire import RETRY, Answer, Asked, Refusal, as_json, refused
 
 INLINE_DEFLATED = 8 * 1024
 """Compressed bodies up to this size are inflated in the event loop: they become 2 MB at most."""
@@ -257,7 +257,8 @@ class Service:
         """Raises Refusal 503 while a worker may be asked that does not answer for the model; as `model` otherwise."""
         found = self.model(workload, version)
         if not self.look().answers(workload, version):
-            raise Refusal(503, f"Version {found.version} of {workload} is not ready; try again in a second.")
+            sentence = f"Version {found.version} of {workload} is not ready; try again in a second."
+            raise Refusal(503, sentence, RETRY)
 
 
 def too_large(limits: Limits) -> Refusal:

@@ -17,6 +17,8 @@ import orjson
 from noria.errors import NoriaError
 from serving.model import Model
 
+RETRY = ((b"retry-after", b"1"),)
+"""Headers of a refusal that a second may change."""
 LONGEST_SENTENCE = 600
 
 

@@ -30,7 +30,7 @@ from registry.store import Store
 
 Ack = Literal["durable", "fast"]
 MODES = {"durable": subject.DURABLE, "fast": subject.FAST}
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 0.1
 """In fast mode, how old an answer must be at least for its row to be safe."""
 EARLIEST, LATEST = 0.2, 2.5
 """Seconds of load before a kill, drawn anew each time."""

@@ -27,6 +27,7 @@ from serving.ids import Ids
 from serving.metrics import Metrics
 from serving.service import Service
 from serving.state import Desired
+from serving.wire import RETRY, Refusal
 
 RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone": 1}
 JSON = ((b"content-type", b"application/json"),)
@@ -210,6 +211,9 @@ def test_a_model_that_another_worker_does_not_know_is_not_ready(bundles, tmp_pat
         fleet.made(generation)
     fleet.say({1, 2})
     assert told() == ([503, 503, 503], False, None, "UNAVAILABLE")
+    with pytest.raises(Refusal) as caught:
+        service.check_ready("trips")
+    assert caught.value.headers == RETRY
     assert post(app, "/predict/trips", {"records": [RECORD]})[0] == 200
     fleet.say({2})
     assert told() == ([200, 200, 200], True, 1, "READY")
