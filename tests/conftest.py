@@ -40,8 +40,8 @@ from serving.model import Model, load
 STREAM = Path(__file__).parent / "stream"
 """Folder of the workload that the stack of the tests runs."""
 TIERS = ("unit", "integration", "browser", "gpu")
-STARTS_RAY = ("test_cluster.py", "test_training.py")
-"""Files of tests/integration that start one of their own, beside those that use the stack."""
+BESIDE = ("test_cluster.py", "test_soak.py", "test_training.py")
+"""Files of tests/integration that go with those that use the stack: two start a Ray of their own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,8 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if tier in Path(str(item.path)).parts:
                 item.add_marker(tier)
         shares = "site" in getattr(item, "fixturenames", ())
-        if shares or (item.path.name in STARTS_RAY and item.path.parent.name == "integration"):
-            item.add_marker("ray")
+        if shares or (item.path.name in BESIDE and item.path.parent.name == "integration"):
+            item.add_marker("beside")
         if shares:
             # The first of them starts the stack, and may live through the stream.
             item.add_marker(pytest.mark.timeout(1200))

@@ -1,7 +1,8 @@
 """`make test`: two runs of pytest beside each other, because much of what the tests do is wait.
 
-One has what starts Ray or the whole stack (the mark `ray`, which tests/conftest.py sets), the other everything else, so
-every test is in exactly one of them. What the first says comes after the second has ended; if one fails, so does this.
+One has what uses the whole stack, and some long files (the mark `beside`, which tests/conftest.py sets), the other
+everything else, so every test is in exactly one of them. What the first says comes after the second has ended; if one
+fails, so does this.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def main(arguments: list[str]) -> int:
     """Both runs, with the same arguments of pytest; returns the exit code."""
     command = [sys.executable, "-m", "pytest", *arguments]
     with tempfile.TemporaryFile() as said:
-        beside = subprocess.Popen([*command, "-m", "ray"], stdout=said, stderr=subprocess.STDOUT)
-        runs = [subprocess.Popen([*command, "-m", "not ray"]), beside]
+        beside = subprocess.Popen([*command, "-m", "beside"], stdout=said, stderr=subprocess.STDOUT)
+        runs = [subprocess.Popen([*command, "-m", "not beside"]), beside]
         codes = [_ended(run) for run in runs]
         said.seek(0)
         sys.stdout.write(said.read().decode(errors="replace"))

@@ -523,8 +523,8 @@ def test_of_two_workers_one_may_die(server, registered, mlflow, tmp_path):
         assert second in both.workers()
         assert len(load.failures) <= 4, load.failures  # what the killed one had in flight
         registered.move("trips", "champion", 2)
-        wait(lambda: both.version() == 2, 10)
-        wait(lambda: not both.workers("leaving"), 15)
+        ready = f"{both.url}/v2/models/trips/versions/2/ready"
+        wait(lambda: httpx.get(ready).status_code == 200, 20, "every worker answers with version 2")
         replies = [httpx.post(f"{both.url}/predict/trips", json=[RECORD]).json()["version"] for _ in range(50)]
         assert set(replies) == {2}
         assert both.process.poll() is None

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = "[pytest]\nmarkers = ray: of the one run\n"
+SETTINGS = "[pytest]\nmarkers = beside: of the one run\n"
 TESTS = """
 import pytest
 
-@pytest.mark.ray
+@pytest.mark.beside
 def test_one():
     assert {one}
 
