@@ -31,7 +31,7 @@ def start(bench: Bench) -> Section:
     section = Section("start", "from the start of the process, one small model", ("round", "ready s", "model's load s"))
     found = []
     for number in range(bench.rounds):
-        server = noria(bench, "small")
+        server = _alone(bench)
         with server.start(free_port(), subject.is_ready) as served:
             loading = _loading(bench)
             found.append(served.ready_seconds - loading)
