@@ -62,11 +62,10 @@ def write(model: Model, entries: Sequence[Entry]) -> list[Any]:
     return [orjson.dumps(line, option=FLAGS), *pieces]
 
 
-def spread(line: dict[str, Any]) -> dict[str, Any]:
-    """A line as it was read, with a time for each row."""
+def spread(line: dict[str, Any]) -> None:
+    """Give each row of a line that was read a time of its own."""
     if "n" in line and len(line["t"]) != sum(line["n"]):
         line["t"] = [when for when, rows in zip(line["t"], line["n"], strict=True) for _ in range(rows)]
-    return line
 
 
 def _times(entries: Sequence[Entry]) -> Any:
