@@ -38,16 +38,20 @@ class Windows:
 
 def swaps(folder: Path, count: int, rate: float) -> Section:
     """Serve version 1, then deploy `count` more, one after the other."""
-    rows, expected = models.rows_of(NAME, 1), {1: _deploy(folder / "repository", 1)}
+    aside, scores = _prepare(folder, 1)
+    rows, expected, home = models.rows_of(NAME, 1), {1: scores}, folder / "repository" / NAME
+    home.mkdir(parents=True)
+    aside.rename(home / "1")
     with subject.plain(folder / "repository", folder / "home", free_port(), core=None) as served:
         body, windows, taken = bodies.V2.write(rows), Windows(), []
         with Traffic(served.port, subject.infer_path(NAME), body.content, rate=rate) as traffic:
             time.sleep(WARM)
             before = _resident(served)
             for version in range(2, count + 2):
+                aside, expected[version] = _prepare(folder, version)
                 windows.calm.append(_wait(CALM))
                 began = time.monotonic()
-                expected[version] = _deploy(folder / "repository", version)
+                aside.rename(home / str(version))
                 taken.append(_until(traffic, version) - began)
                 windows.swapping.append((began, _wait(CALM)[1]))
             time.sleep(WARM)
@@ -62,15 +66,12 @@ def swaps(folder: Path, count: int, rate: float) -> Section:
     return section
 
 
-def _deploy(repository: Path, version: int) -> np.ndarray:
-    """Write a version aside, move it in, and return its scores of the row that is asked."""
-    aside = repository.parent / f"aside-{version}"
+def _prepare(folder: Path, version: int) -> tuple[Path, np.ndarray]:
+    """Write a version aside, before anything is measured; returns where, and its scores of the row that is asked."""
+    aside = folder / f"aside-{version}"
     aside.mkdir(parents=True)
     (aside / "model.onnx").write_bytes(models.perceptron(models.SIZES[NAME], seed=version))
-    scores = models.expected(aside / "model.onnx", models.rows_of(NAME, 1))
-    (repository / NAME).mkdir(parents=True, exist_ok=True)
-    aside.rename(repository / NAME / str(version))
-    return scores
+    return aside, models.expected(aside / "model.onnx", models.rows_of(NAME, 1))
 
 
 def _wait(seconds: float) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from benchmarks.serving.load import Loaded, parse
 from benchmarks.serving.openloop import Tally, drive
 from benchmarks.serving.peers import FASTEST, FILES, FLOOR, PEERS
 from benchmarks.serving.report import Figure, Section, markdown, write
-from benchmarks.soak.kills import Acknowledged, unexcused
+from benchmarks.soak.kills import Acknowledged, age
 from benchmarks.soak.swaps import judge, p99_within
 from benchmarks.soak.traffic import Kept, Traffic
 
@@ -180,13 +180,12 @@ def test_growth_is_that_of_a_line():
         growth([(0, 1), (1, 1)])
 
 
-def test_only_what_was_answered_just_before_a_kill_may_be_missing():
-    told = Acknowledged(at={"old": 1.0, "young": 9.5, "after": 12.0}, kills=[10.0])
-    assert unexcused(told, ["old", "young", "after"], 1.0) == ["old", "after"]
-    assert unexcused(told, ["young"], 0.0) == ["young"]
-    # An answer that was still on its way when its server was killed.
-    told = Acknowledged(at={"last": 10.0005}, kills=[10.0])
-    assert unexcused(told, ["last"], 1.0) == [] and unexcused(told, ["last"], 0.0) == ["last"]
+def test_an_answer_is_as_old_as_it_was_when_its_server_was_killed():
+    answers = {"old": 1.0, "young": 9.5, "on its way": 10.2, "next life": 11.0, "after": 21.0}
+    told = Acknowledged(at=answers, kills=[(10.0, 10.5), (20.0, 20.5)])
+    ages = {name: age(told, name) for name in answers}
+    expected = {"old": 9.0, "young": 0.5, "on its way": -0.2, "next life": 9.0, "after": math.inf}
+    assert ages == pytest.approx(expected)
 
 
 def test_an_answer_must_hold_the_scores_of_the_version_that_it_names():
