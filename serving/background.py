@@ -20,6 +20,8 @@ from serving.shadowing import LOOK_SECONDS as SHADOW_SECONDS
 from serving.shadowing import Shadowing
 
 DRAIN_SECONDS = 0.3
+GATHER_SECONDS, MANY_ROWS = 2.0, 500
+"""Between two steps of the drain, where the last one moved so many rows: a commit costs the same for few and many."""
 LAST_DRAIN_SECONDS = 60
 NICE = 19
 """The drain gives way to the workers: a segment may wait, a request may not."""
@@ -49,7 +51,7 @@ def run(settings: Settings, mlflow_url: str, stop: threading.Event, ended: threa
 def _drain(drain: Drain, stop: threading.Event) -> None:
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread alone
-    repeat(drain.step, DRAIN_SECONDS, stop)
+    repeat(lambda: DRAIN_SECONDS if drain.step() < MANY_ROWS else GATHER_SECONDS, None, stop)
 
 
 def _drain_rest(drain: Drain) -> None:

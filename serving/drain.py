@@ -24,8 +24,8 @@ from noria.lake import Lake
 from noria.schema import Schema
 from serving.segment import Logged, Tables, lines_of, read
 
-MOST_ROWS = 100_000
-"""Rows that one append takes, about."""
+MOST_ROWS, MOST_BYTES = 100_000, 2**26
+"""Rows, and bytes of segments, that one append takes, about."""
 COMPACT_AFTER = 50
 """Appends between two looks at whether the tables have too many small files."""
 
@@ -162,13 +162,15 @@ def _order(segment: Ready) -> tuple[str, str, int]:
 
 
 def _parts(segments: Iterable[Ready]) -> list[list[Ready]]:
-    """Cut into appends of about MOST_ROWS."""
+    """Cut into appends of about MOST_ROWS or MOST_BYTES."""
     parts: list[list[Ready]] = [[]]
-    rows = 0
+    rows = size = 0
     for segment in segments:
-        if rows and rows + segment.rows > MOST_ROWS:
+        more = segment.path.stat().st_size
+        if rows and (rows + segment.rows > MOST_ROWS or size + more > MOST_BYTES):
             parts.append([])
-            rows = 0
+            rows = size = 0
         parts[-1].append(segment)
         rows += segment.rows
+        size += more
     return [part for part in parts if part]
