@@ -158,6 +158,7 @@ class App:
         return as_json({name: ready}, 200 if ready else 503)
 
     def _metrics(self, accept: str) -> Answer:
+        self.service.records.flush()  # so that who was answered before this is counted
         text, kind = self.service.metrics.page(accept)
         return Answer(200, text, 0, kind.encode())
 

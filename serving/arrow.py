@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 
 from noria.column import ARROW, MISSING_INTEGER, Column, cast, to_tensor
 from noria.errors import SchemaError
-from noria.runtime import SCORE
 from noria.schema import Schema
 from serving.model import Model
+from serving.outcome import Scored
 from serving.protocol import MOST_ROWS, event_times, records_schema
-from serving.wire import Answer, Refusal, Rows, Scored
+from serving.wire import Answer, Refusal, Rows
 
 CONTENT_TYPE = b"application/vnd.apache.arrow.stream"
 ANSWER = (("id", pa.string()), ("prediction", pa.float32()), ("action", pa.string()))
@@ -27,6 +27,7 @@ class Records:
     """Decoded records."""
 
     __slots__ = ("rows",)
+    tells_ids = True
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -37,7 +38,7 @@ class Records:
         schema = pa.schema(ANSWER, {"workload": model.workload, "version": str(model.version)})
         columns = [
             pa.array(scored.ids, pa.string()),
-            pa.array(scored.outputs[SCORE], pa.float32()),
+            pa.array(scored.scores(), pa.float32()),
             pa.array(scored.actions, pa.string()),
         ]
         sink = pa.BufferOutputStream()

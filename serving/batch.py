@@ -6,6 +6,7 @@ thread. Not here: when a batch runs and who is in it (`serving.batcher`), bytes 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ from noria.errors import SchemaError
 from noria.runtime import SCORE
 from serving.entries import Entry
 from serving.model import Model
-from serving.wire import Answer, Asked, Refusal, Rows, Scored, refused
+from serving.outcome import Outcome, Scored
+from serving.wire import Answer, Asked, Refusal, Rows, refused
 
 FAULT = "The server has a fault; its log tells more."
 
@@ -94,8 +96,10 @@ class Recorder(Protocol):
     def release(self, model: Model, send: Callable[[], None]) -> None:
         """Call `send` when the log of the batch is as safe as the workload asks; at once where it is already."""
 
-    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
-        """Count what was answered, and by which runs. Called in the loop."""
+    def answered(
+        self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Log what was left for later, and count what was answered, and by which runs. Called in the loop."""
 
     def refused(self, workload: str, route: str, reason: str) -> None:
         """Count a request that never came to a batch."""
@@ -227,17 +231,17 @@ def _refuse_broken(calls: Sequence[Call], scores: np.ndarray) -> None:
 
 def _encode(model: Model, calls: Sequence[Call], outputs: dict[str, np.ndarray], recorded: Recorded) -> None:
     """Give each call its share as an answer."""
-    if len(calls) == 1 and calls[0].asked is not None:
-        calls[0].answer = calls[0].asked.answer(Scored(model, outputs, recorded.ids, recorded.actions))
+    outcome = Outcome(model, outputs, recorded.ids, recorded.actions, shared=len(calls) > 1)
+    if not outcome.shared:
+        assert calls[0].asked is not None
+        calls[0].answer = calls[0].asked.answer(outcome.whole())
         return
     start = 0
     for call in calls:
         assert call.asked is not None
         end = start + call.asked.rows.count
-        part = {name: values[start:end] for name, values in outputs.items()}
-        scored = Scored(model, part, recorded.ids[start:end], recorded.actions[start:end])
         try:
-            call.answer = call.asked.answer(scored)
+            call.answer = call.asked.answer(Scored(outcome, start, end))
         except Exception:  # the others of the batch have done nothing wrong
             logger.exception("An answer of %s cannot be encoded", model.workload)
         start = end

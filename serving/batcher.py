@@ -57,7 +57,8 @@ class Lane:
 
     def late(self) -> bool:
         """Whether a request that came now would wait too long: it is better told at once."""
-        return len(self.queue) * self.each > max(WAIT_SECONDS, WAIT_BATCHES * self.longest)
+        wait = len(self.queue) * self.each
+        return wait > WAIT_SECONDS and wait > WAIT_BATCHES * self.longest
 
     def expected(self, size: int, model: Model, calls: int) -> float:
         """Seconds that a batch of so many bytes and calls will take."""
@@ -82,6 +83,7 @@ class Batcher:
         self.engine, self.recorder, self.most_waiting, self.batching = engine, recorder, most_waiting, batching
         self.lanes: dict[str, Lane] = {}
         self._thread = ThreadPoolExecutor(1, "batch")
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, call: Call) -> None:
         """Queue a request; its `reply` is called exactly once, unless the client leaves first."""
@@ -99,12 +101,12 @@ class Batcher:
         lane.queue.append(call)
         if not lane.scheduled:
             lane.scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush, lane)
+            self._here().call_soon(self._flush, lane)
 
     def busy(self, workload: str, route: str) -> Answer | None:
         """What a request hears at once where too many wait; None: it may be queued. Counts it."""
         lane = self.lanes.get(workload)
-        if lane is None or (len(lane.queue) < self.most_waiting and not lane.late()):
+        if lane is None or (len(lane.queue) < self.most_waiting and not (lane.queue and lane.late())):
             return None
         self.recorder.refused(workload, route, "queue_full")
         return lane.busy
@@ -119,14 +121,20 @@ class Batcher:
         finally:
             call.gone = True
 
+    def _here(self) -> asyncio.AbstractEventLoop:
+        """The running loop, found once: asyncio asks the system for the number of the process each time."""
+        if self._loop is None or self._loop.is_closed():
+            self._loop = asyncio.get_running_loop()
+        return self._loop
+
     def _flush(self, lane: Lane) -> None:
         """Run what waits: one batch in the loop, or in the thread when it is expected to take long."""
         model = self.engine.models[lane.workload]
         calls, size = self._take(lane, model)
         if lane.expected(size, model, len(calls)) <= INLINE_SECONDS:
-            self._finish(lane, model, calls, self._process(lane, model, calls, late=True))
+            self._finish(lane, model, calls, self._process(lane, model, calls, size, late=True))
         else:
-            work = asyncio.get_running_loop().run_in_executor(self._thread, self._process, lane, model, calls)
+            work = self._here().run_in_executor(self._thread, self._process, lane, model, calls, size)
             work.add_done_callback(lambda future: self._finish(lane, model, calls, future.result()))
 
     def _take(self, lane: Lane, model: Model) -> tuple[list[Call], int]:
@@ -143,21 +151,19 @@ class Batcher:
 
     def _finish(self, lane: Lane, model: Model, calls: list[Call], runs: list[Run]) -> None:
         """Send the answers, when the log allows; then see to what has arrived meanwhile."""
-        loop = asyncio.get_running_loop()
         if calls:
             self.recorder.release(model, lambda: _send(calls))
-            # Logged and counted in the next tick: answers go out at the end of this one, and clients work meanwhile.
-            loop.call_soon(self.recorder.answered, model, calls, runs)
+            self.recorder.answered(model, calls, runs, self._here())
         if lane.queue:
-            loop.call_soon(self._flush, lane)
+            self._here().call_soon(self._flush, lane)
         else:
             lane.scheduled = False
 
-    def _process(self, lane: Lane, model: Model, calls: list[Call], late: bool = False) -> list[Run]:
-        """Run a batch and remember what it took."""
+    def _process(self, lane: Lane, model: Model, calls: list[Call], size: int, late: bool = False) -> list[Run]:
+        """Run a batch of so many bytes and remember what it took."""
         began = time.perf_counter()
         runs = execute(model, calls, self.recorder, together=self.batching, late=late)
-        lane.learn(sum(call.size for call in calls), time.perf_counter() - began, len(calls))
+        lane.learn(size, time.perf_counter() - began, len(calls))
         return runs
 
 

@@ -8,18 +8,16 @@ Source: github.com/triton-inference-server/server, docs/protocol/extension_binar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from serving.datatypes import NUMPY
+from serving.datatypes import NUMPY, WIRE
 from serving.wire import Refusal
 
 HEADER = b"inference-header-content-length"
 """The header that gives the length of the JSON before the bytes."""
 CONTENT_TYPE = b"application/octet-stream"
-WIRE = {name: np.dtype(kind).newbyteorder("<") for name, kind in NUMPY.items() if name != "BYTES"}
 
 
 def header_length(value: bytes) -> int:
@@ -64,14 +62,6 @@ def read(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryvie
     return array if array.flags.aligned else array.copy()
 
 
-def write(datatype: str, values: Any) -> bytes:
-    """An array, or for BYTES a sequence of strings, as bytes."""
-    if datatype == "BYTES":
-        return _packed(values.ravel().tolist() if isinstance(values, np.ndarray) else values)
-    array = np.ascontiguousarray(values, WIRE[datatype])
-    return array.tobytes()
-
-
 def _strings(name: str, count: int, data: bytes | memoryview) -> np.ndarray:
     if count * 4 > len(data):
         raise Refusal(400, f"The input '{name}' has {len(data)} bytes, too few for {count} strings with their lengths.")
@@ -89,14 +79,6 @@ def _strings(name: str, count: int, data: bytes | memoryview) -> np.ndarray:
     if start != end:
         raise Refusal(400, f"The input '{name}' has {end - start} bytes behind its {count} strings.")
     return np.array(found, np.object_)
-
-
-def _packed(values: Iterable[Any]) -> bytes:
-    parts: list[bytes] = []
-    for value in values:
-        encoded = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
-        parts += (len(encoded).to_bytes(4, "little"), encoded)
-    return b"".join(parts)
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ NUMPY: dict[str, Any] = {
 }
 """NumPy's type of each datatype; BYTES are strings to ONNX Runtime, held as Python strings."""
 
+WIRE = {name: np.dtype(kind).newbyteorder("<") for name, kind in NUMPY.items() if name != "BYTES"}
+"""NumPy's type of each datatype of numbers as it goes over the wire."""
+
 ONNX = {
     "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",
@@ -39,3 +43,18 @@ ONNX = {
     "tensor(string)": "BYTES",
 }
 """The datatype of each type that ONNX Runtime names."""
+
+
+def to_bytes(datatype: str, values: Any) -> bytes:
+    """An array, or for BYTES also a sequence of strings, as it goes over the wire (`serving.binary`)."""
+    if datatype == "BYTES":
+        return _packed(values.ravel().tolist() if isinstance(values, np.ndarray) else values)
+    return np.ascontiguousarray(values, WIRE[datatype]).tobytes()
+
+
+def _packed(values: Iterable[Any]) -> bytes:
+    parts: list[bytes] = []
+    for value in values:
+        encoded = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+        parts += (len(encoded).to_bytes(4, "little"), encoded)
+    return b"".join(parts)

@@ -18,16 +18,17 @@ import orjson
 
 from noria.runtime import SCORE
 from serving.model import Model
-from serving.rawlog import pack
+from serving.rawlog import Piece, pack
 
 FLAGS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 
 
 @dataclass(slots=True)
 class Entry:
-    """The answered rows of one run; row i has the i-th id of `base` (`serving.ids`)."""
+    """The answered rows of one run."""
 
-    base: int
+    first: int
+    """The id of its first row, as a number; `serving.ids.expand` gives those of all rows. 0: it has none yet."""
     rows: int
     tensors: Mapping[str, np.ndarray]
     outputs: Mapping[str, np.ndarray]
@@ -43,12 +44,12 @@ def write(model: Model, entries: Sequence[Entry]) -> list[Any]:
         return [piece for entry in entries for piece in write(model, [entry])]
     line: dict[str, Any] = {
         "v": model.version,
-        "i": [f"{entry.base:x}" for entry in entries],
+        "i": [f"{entry.first:x}" for entry in entries],
         "n": [entry.rows for entry in entries],
         "ms": [round(entry.latency_ms, 3) for entry in entries],
         "t": _times(entries),
     }
-    pieces: list[memoryview] = []
+    pieces: list[Piece] = []
     if model.bundle is None:
         line["in"], pieces = pack([entry.tensors for entry in entries], model.inputs)
         line["out"], others = pack([entry.outputs for entry in entries], model.outputs)

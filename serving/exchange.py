@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
+from serving.forms import Kept
 from serving.routes import Hot
 from serving.wire import Answer
 
-JSON = b"application/json"
 STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
@@ -52,32 +51,25 @@ class Exchange:
 
 
 class Heads:
-    """Heads of answers; the usual one and that of the last refusal are kept as bytes until the date in it changes."""
+    """Heads of answers, but for their length; kept until the date in them changes."""
 
     def __init__(self) -> None:
         self._defaults: Any = None
-        self._usual = b""
-        self._last: tuple[Any, Answer, bool] | None = None
-        self._last_head = b""
+        self._kept: Kept[tuple[object, ...], bytes] = Kept()
 
     def of(self, answer: Answer, keep: bool, defaults: list[tuple[bytes, bytes]]) -> bytes:
         """Status line and headers. `defaults` are uvicorn's, which replaces the list each second."""
-        size = str(len(answer.body)).encode()
-        if answer.status == 200 and keep and not answer.headers and answer.content_type == JSON:
-            if defaults is not self._defaults:
-                self._usual = b"%b%bcontent-type: %b\r\ncontent-length: " % (STATUS[200], _lines(defaults), JSON)
-                self._defaults = defaults
-            return b"%b%b\r\n\r\n" % (self._usual, size)
-        made = (defaults, answer, keep)
-        if self._last is not None and all(map(operator.is_, self._last, made)):
-            return self._last_head  # a server with too much to do refuses with the same answer again and again
-        more = _lines(defaults) + _lines(answer.headers) + (b"" if keep else b"connection: close\r\n")
-        head = b"%bcontent-type: %b\r\n%bcontent-length: %b\r\n\r\n" % (
-            STATUS[answer.status], answer.content_type, more, size,
-        )  # fmt: skip
-        if answer.error:
-            self._last, self._last_head = made, head
-        return head
+        if defaults is not self._defaults:
+            self._kept.clear()
+            self._defaults = defaults
+        key = (answer.status, keep, answer.content_type, answer.headers)
+        head = self._kept.get(key) or self._kept.keep(key, _head(answer, keep, defaults))
+        return b"%b%d\r\n\r\n" % (head, len(answer.body))
+
+
+def _head(answer: Answer, keep: bool, defaults: list[tuple[bytes, bytes]]) -> bytes:
+    more = _lines(defaults) + _lines(answer.headers) + (b"" if keep else b"connection: close\r\n")
+    return b"%b%bcontent-type: %b\r\ncontent-length: " % (STATUS[answer.status], more, answer.content_type)
 
 
 def _lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -138,13 +138,12 @@ class Protocol(HttpToolsProtocol):
             elif name == b"content-length" and int(value) > self.limits.body_bytes:
                 self._answer(exchange, refused(too_large(self.limits)))
                 return
-        try:
-            exchange.key = self.service.admit(
-                "POST", route.path, exchange.headers, self.client[0] if self.client else ""
-            )
-        except Refusal as refusal:
-            self._answer(exchange, refused(refusal))
-            return
+        if self.service.guard is not None:
+            try:
+                exchange.key = self.service.admit("POST", route.path, exchange.headers, self.address)
+            except Refusal as refusal:
+                self._answer(exchange, refused(refusal))
+                return
         busy = self.service.batcher.busy(route.workload, route.name) if route.name != "feedback" else None
         if busy is not None:  # there is no need to wait for the body
             self._answer(exchange, busy)

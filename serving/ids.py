@@ -35,7 +35,7 @@ class Ids:
         self._last = (0, 0)
 
     def base(self, workload: str, rows: int) -> int:
-        """The id of row 0 of a new batch, as a number; `expand` gives those of all rows."""
+        """The id of row 0 of a new batch, as a number; `at_row` gives that of another, `expand` all of them."""
         with self._lock:
             millisecond, sequence = self._last
             now = int(self.clock() * 1000)
@@ -92,10 +92,16 @@ class Range(Sequence[str]):
         return iter([f"{head}{row:04x}{mac}" for row in self.rows])
 
 
-def expand(base: int, rows: int) -> Range:
-    """The ids of a batch, [rows]."""
-    name = f"{base:032x}"
-    return Range(name[:21], name[25:], range(rows))
+def at_row(base: int, row: int) -> int:
+    """The id of one row of a batch, as a number."""
+    return base + (row << MAC_BITS)
+
+
+def expand(first: int, rows: int) -> Range:
+    """The ids of `rows` rows of a batch, from the one whose id is `first` on."""
+    name = f"{first:032x}"
+    row = int(name[21:25], 16)
+    return Range(name[:21], name[25:], range(row, row + rows))
 
 
 def read_key(folder: Path) -> bytes:

@@ -24,6 +24,7 @@ from registry.bundle import Bundle
 from registry.graph import check_file
 from registry.proof import ABSOLUTE, RELATIVE
 from serving.datatypes import NUMPY, ONNX
+from serving.forms import Frame, Head, Kept
 from serving.hardware import gpu_options
 
 WARM = (1, 2, 8, 64, 256, 1024)
@@ -31,6 +32,9 @@ WARM = (1, 2, 8, 64, 256, 1024)
 SHARED_SECONDS = 0.05
 """A run of this length is as quick per row as a longer one: what is read once a run, the weights, costs less by far."""
 COLUMN_TYPES = {"number": "FP32", "integer": "INT64", "string": "BYTES", "text": "BYTES", "timestamp": "INT64"}
+
+Form = tuple[bytes, list[tuple[str, str, bool]]]
+"""Of an answer: its JSON but for the values (`serving.forms`); name, datatype and whether as bytes of each of these."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +97,26 @@ class Model:
     def ragged(self) -> bool:
         """Rows may differ in shape: requests share a run only where theirs agree."""
         return any(-1 in tensor.shape[1:] for tensor in self.inputs)
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """The datatypes of `outputs`, by name."""
+        return {tensor.name: tensor.datatype for tensor in self.outputs}
+
+    @cached_property
+    def heads(self) -> Kept[bytes, Head]:
+        """Of requests, by their JSON."""
+        return Kept()
+
+    @cached_property
+    def frames(self) -> Kept[bytes, Frame]:
+        """Of requests all in JSON, by what stands before the values."""
+        return Kept()
+
+    @cached_property
+    def forms(self) -> Kept[tuple[object, ...], Form]:
+        """Of answers, by what is in them (`serving.tensors`)."""
+        return Kept()
 
     @cached_property
     def nodes(self) -> dict[str, int]:

@@ -50,7 +50,7 @@ def exact_rows(given: Mapping[str, Given], model: Model) -> Rows:
                 400, f"The input '{tensor.name}' has the datatype {datatype[:20]}; the model takes {tensor.datatype}."
             )
         _check_shape(tensor, shape)
-        tensors[tensor.name] = data if data.__class__ is np.ndarray else _array(tensor, shape, data)
+        tensors[tensor.name] = data if data.__class__ is np.ndarray else array_of(tensor, shape, data)
         if model.batched:
             if count not in (-1, shape[0]):
                 raise Refusal(400, "The inputs differ in their number of rows, the first number of each shape.")
@@ -78,7 +78,7 @@ def _check_shape(tensor: Tensor, shape: Sequence[int]) -> None:
         )
 
 
-def _array(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> np.ndarray:
+def array_of(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> np.ndarray:
     """JSON values as the tensor: null is NaN in a floating one and nothing elsewhere."""
     datatype = tensor.datatype
     kinds, wanted = {*map(type, data)}, KINDS[datatype]

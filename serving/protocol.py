@@ -15,11 +15,11 @@ import orjson
 
 from noria.column import EARLIEST, FORMS, LATEST, MISSING_INTEGER, Tensors, parse_time
 from noria.errors import SchemaError
-from noria.runtime import SCORE
 from noria.schema import Schema
 from serving.limits import check_depth
 from serving.model import Model
-from serving.wire import Answer, Refusal, Rows, Scored
+from serving.outcome import Scored
+from serving.wire import Answer, Refusal, Rows
 
 MOST_ROWS = 10_000
 """Rows (or labels) accepted in one request."""
@@ -29,13 +29,14 @@ class Predict:
     """Decoded records."""
 
     __slots__ = ("rows",)
+    tells_ids = True
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
     def answer(self, scored: Scored) -> Answer:
         """An id, a prediction and an action a row, in the order of the records."""
-        scores = scored.outputs[SCORE].tolist()
+        scores = scored.scores().tolist()
         predictions = [
             {"id": name, "prediction": value, "action": action}
             for name, value, action in zip(scored.ids, scores, scored.actions, strict=True)

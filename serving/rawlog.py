@@ -16,6 +16,9 @@ import pyarrow as pa
 from serving.datatypes import NUMPY
 from serving.model import Model, Tensor
 
+COPIED_BYTES = 4096
+"""Up to so many it is quicker to copy the bytes of all runs into one piece than to name each to the system."""
+Piece = bytes | memoryview
 SIGNED = {
     "UINT8": pa.int16(),
     "UINT16": pa.int32(),
@@ -34,18 +37,22 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def pack(runs: Sequence[Mapping[str, np.ndarray]], entries: Sequence[Tensor]) -> tuple[list[Any], list[memoryview]]:
+def pack(runs: Sequence[Mapping[str, np.ndarray]], entries: Sequence[Tensor]) -> tuple[list[Any], list[Piece]]:
     """What the line says of each tensor, in their order: how many bytes of all runs follow, or the strings themselves;
     and the bytes."""
     said: list[Any] = []
-    pieces: list[memoryview] = []
+    pieces: list[Piece] = []
     for one in entries:
         arrays = [run[one.name] for run in runs]
         if one.datatype == "BYTES":
             said.append([value for array in arrays for value in array.ravel().tolist()])
         else:
-            pieces += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
-            said.append(sum([array.nbytes for array in arrays]))
+            size = sum([array.nbytes for array in arrays])
+            if size <= COPIED_BYTES:
+                pieces.append(b"".join([array.tobytes() for array in arrays]))
+            else:
+                pieces += [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays]
+            said.append(size)
     return said, pieces
 
 

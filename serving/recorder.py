@@ -16,7 +16,7 @@ from serving.batch import Call, Recorded, Run
 from serving.capture import Log
 from serving.commit import GroupCommit
 from serving.entries import Entry
-from serving.ids import Ids, expand
+from serving.ids import MOST_ROWS, Ids, at_row, expand
 from serving.metrics import Metrics
 from serving.model import Model
 from serving.tracing import Request as Traced
@@ -25,8 +25,9 @@ from serving.tracing import Tracer
 
 OK = 200
 FLUSH_SECONDS, FLUSH_ROWS = 0.002, 256
-"""How long, and how many, answered rows may wait for the log where the workload has `ack=fast`. What waits shares one
+"""How long, and how many, answered rows may wait to be counted, and with `ack=fast` to be logged. What waits shares one
 line and one write; a worker that is killed takes it along."""
+NO_ID = ("",)
 ROUTES = {
     "predict": "/predict/{workload}",
     "infer": "/v2/models/{workload}/infer",
@@ -45,9 +46,11 @@ class Records:
         """`durable`: whether the answers of a workload wait for the disk."""
         self.log, self.ids, self.metrics, self.tracer, self.durable = log, ids, metrics, tracer, durable
         self.commit = GroupCommit(log, metrics.log_synced)
-        self._waiting: dict[tuple[str, int], tuple[Model, list[Entry]]] = {}
+        self._answered: list[tuple[Model, Sequence[Call], Sequence[Run], float]] = []
         self._rows = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._since = 0.0
+        self._soon = False
 
     def record(
         self,
@@ -60,14 +63,15 @@ class Records:
     ) -> Recorded:
         """Give the rows of a run their ids and actions, and log them; later, where neither the workload nor the caller
         minds."""
-        rows = run.rows
+        rows, late = run.rows, late and not self.durable(model.workload)
         actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
-        base = self.ids.base(model.workload, rows)
-        entry = Entry(base, rows, tensors, outputs, _times(run), actions, (run.ended - run.taken) * 1000)
-        if late and not self.durable(model.workload):
-            return Recorded(expand(base, rows), actions, entry)
+        # Where no answer tells the ids, they are made for all runs of a line at once.
+        told = not late or any(map(_tells_ids, run.calls))
+        first = self.ids.base(model.workload, rows) if told else 0
+        entry = Entry(first, rows, tensors, outputs, _times(run), actions, (run.ended - run.taken) * 1000)
         # An id is a promise that the row is known: where the log could not be written there is none.
-        return Recorded(expand(base, rows) if self.log.predictions(model, [entry]) else [""] * rows, actions)
+        known = told and (late or self.log.predictions(model, [entry]))
+        return Recorded(expand(first, rows) if known else NO_ID * rows, actions, entry if late else None)
 
     def release(self, model: Model, send: Callable[[], None]) -> None:
         """Send at once, or after the log is on the disk."""
@@ -76,12 +80,39 @@ class Records:
         else:
             send()
 
-    def answered(self, model: Model, calls: Sequence[Call], runs: Sequence[Run]) -> None:
-        """Count a batch, and see to it that what was left for later is logged."""
-        for run in runs:
-            if run.later is not None:
-                self._later(model, run.later)
+    def answered(
+        self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """See to it that a batch is logged, as far as it was left for later, and counted, together with others."""
         now = time.perf_counter()
+        self._answered.append((model, calls, runs, now))
+        self._rows += sum([run.rows for run in runs])
+        if self._timer is None:
+            self._since, self._timer = now, loop.call_later(FLUSH_SECONDS, self.flush)
+        if not self._soon and (self._rows >= FLUSH_ROWS or now - self._since >= FLUSH_SECONDS / 2):
+            # The best moment is the next tick: the answers have left, and clients work meanwhile.
+            self._soon = True
+            loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Log and count what waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+        answered = self._answered
+        self._answered, self._rows, self._timer, self._soon = [], 0, None, False
+        waiting: dict[tuple[str, int], tuple[Model, list[Entry]]] = {}
+        for model, _, runs, _ in answered:
+            later = [run.later for run in runs if run.later is not None]
+            if later:
+                waiting.setdefault((model.workload, model.version), (model, []))[1].extend(later)
+        for model, entries in waiting.values():
+            self._name(model, [entry for entry in entries if not entry.first])
+            self.log.predictions(model, entries)
+        for batch in answered:
+            self._count(*batch)
+
+    def _count(self, model: Model, calls: Sequence[Call], runs: Sequence[Run], now: float) -> None:
+        """Count a batch whose answers left at `now`."""
         for call in calls:
             if call.answer is not None and call.answer.status != OK:
                 status, seconds = call.answer.status, now - call.began
@@ -98,23 +129,16 @@ class Records:
         if self.tracer is not None:
             self._trace(self.tracer, model, calls, runs, now)
 
-    def _later(self, model: Model, entry: Entry) -> None:
-        _, entries = self._waiting.setdefault((model.workload, model.version), (model, []))
-        entries.append(entry)
-        self._rows += entry.rows
-        if self._rows >= FLUSH_ROWS:
-            self.flush()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
-
-    def flush(self) -> None:
-        """Log what waits."""
-        if self._timer is not None:
-            self._timer.cancel()
-        waiting = self._waiting
-        self._waiting, self._rows, self._timer = {}, 0, None
-        for model, entries in waiting.values():
-            self.log.predictions(model, entries)
+    def _name(self, model: Model, entries: Sequence[Entry]) -> None:
+        """Give the rows of these runs the ids of one batch, or of as few as can hold them."""
+        left, base, row, size = sum([entry.rows for entry in entries]), 0, 0, 0
+        for entry in entries:
+            if row + entry.rows > size:
+                size = max(entry.rows, min(left, MOST_ROWS))
+                base, row = self.ids.base(model.workload, size), 0
+            entry.first = at_row(base, row)
+            row += entry.rows
+            left -= entry.rows
 
     def refused(self, workload: str, route: str, reason: str) -> None:
         """Count a request that never came to a batch."""
@@ -146,10 +170,14 @@ class Records:
                 tracer.batch(ran, by_run[id(run)])
 
 
+def _tells_ids(call: Call) -> bool:
+    return call.asked is not None and call.asked.tells_ids
+
+
 def _times(run: Run) -> int | np.ndarray:
     """When each row of a run happened, microseconds [rows]; one number where all did now."""
     now = time.time_ns() // 1000
     parts = [call.asked.rows for call in run.calls if call.asked]
-    if not any(part.times is not None for part in parts):
+    if not [part for part in parts if part.times is not None]:
         return now
     return np.concatenate([np.full(part.count, now) if part.times is None else part.times for part in parts])

@@ -15,8 +15,10 @@ from serving.columns import Given
 from serving.datatypes import NUMPY
 from serving.messages import MESSAGES
 from serving.model import Model
-from serving.tensors import check_output, elements, read_rows, results
-from serving.wire import Answer, Refusal, Rows, Scored
+from serving.outcome import Scored
+from serving.results import check_output, columns, shape, tells_ids
+from serving.tensors import elements, read_rows
+from serving.wire import Answer, Refusal, Rows
 
 CONTENTS = {
     "BOOL": "bool_contents",
@@ -34,10 +36,10 @@ CONTENTS = {
 class Infer:
     """A decoded request."""
 
-    __slots__ = ("id", "raw", "rows", "wanted")
+    __slots__ = ("id", "raw", "rows", "tells_ids", "wanted")
 
-    def __init__(self, rows: Rows, name: str, wanted: dict[str, bool] | None, raw: bool) -> None:
-        self.rows, self.id, self.wanted, self.raw = rows, name, wanted, raw
+    def __init__(self, rows: Rows, name: str, wanted: dict[str, bool] | None, raw: bool, tells_ids: bool) -> None:
+        self.rows, self.id, self.wanted, self.raw, self.tells_ids = rows, name, wanted, raw, tells_ids
 
     def answer(self, scored: Scored) -> Answer:
         """A serialised ModelInferResponse."""
@@ -45,16 +47,18 @@ class Infer:
         response = MESSAGES["ModelInferResponse"](
             model_name=model.workload, model_version=str(model.version), id=self.id
         )
-        found = results(scored, self.wanted)
-        raw = self.raw or any(datatype not in CONTENTS for _, datatype, _, _ in found)
-        for name, datatype, shape, values in found:
-            output = response.outputs.add(name=name, datatype=datatype, shape=shape)
+        found = columns(model, self.wanted)
+        raw = self.raw or any(datatype not in CONTENTS for _, datatype in found)
+        for name, datatype in found:
+            output = response.outputs.add(name=name, datatype=datatype, shape=shape(scored, name))
             if raw:
-                response.raw_output_contents.append(binary.write(datatype, values))
+                response.raw_output_contents.append(scored.raw(name, datatype))
                 continue
-            values = values.tolist() if isinstance(values, np.ndarray) else values
+            values: list[Any]
             if datatype == "BYTES":
-                values = [value.encode("utf-8", "surrogatepass") for value in values]
+                values = [value.encode("utf-8", "surrogatepass") for value in scored.strings(name)]
+            else:
+                values = scored.array(name).ravel().tolist()
             getattr(output.contents, CONTENTS[datatype]).extend(values)
         return Answer(200, response.SerializeToString(), self.rows.count)
 
@@ -85,7 +89,7 @@ def decode_infer(request: Any, model: Model) -> Infer:
             if unserved in output.parameters:
                 raise Refusal(400, f"The output '{output.name}' is asked for with {unserved}, which is not served.")
         wanted[output.name] = True
-    return Infer(rows, request.id, wanted or None, bool(raw))
+    return Infer(rows, request.id, wanted or None, bool(raw), tells_ids(wanted, model))
 
 
 def _typed(tensor: Any, shape: list[int], count: int) -> Any:

@@ -11,20 +11,20 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import orjson
 
 from noria.errors import SchemaError
-from noria.runtime import SCORE
 from noria.schema import Schema
 from serving import binary
 from serving.columns import Given, to_rows
+from serving.forms import LONGEST_HEAD, frame_of, head_of, values_at
 from serving.model import COLUMN_TYPES, Model, Tensor
-from serving.plain import exact_rows
+from serving.outcome import Scored
+from serving.plain import array_of, exact_rows
 from serving.protocol import parse_json
-from serving.wire import Answer, Refusal, Rows, Scored
+from serving.results import check_output, form, tells_ids
+from serving.wire import Answer, Refusal, Rows
 
-PREDICTION_ID = "prediction_id"
 EXTENSIONS = ["binary_tensor_data"]
 """What the server says it has beside the protocol."""
 FORM = 'An inference request is {"inputs": [{"name", "datatype", "shape", "data"}, ...]}.'
@@ -36,60 +36,32 @@ LARGEST_EMPTY = 2**16
 class Infer:
     """A decoded v2 request over HTTP."""
 
-    __slots__ = ("id", "rows", "wanted")
+    __slots__ = ("id", "rows", "tells_ids", "wanted")
 
-    def __init__(self, rows: Rows, name: str | None, wanted: dict[str, bool] | None) -> None:
+    def __init__(self, rows: Rows, name: str | None, wanted: dict[str, bool] | None, tells_ids: bool) -> None:
         self.rows = rows
         self.id = name
+        self.tells_ids = tells_ids
         self.wanted = wanted
         """Outputs to answer, and whether as bytes; None: all, as JSON."""
 
     def answer(self, scored: Scored) -> Answer:
         """The inference response."""
-        model = scored.model
-        content: dict[str, Any] = {"model_name": model.workload, "model_version": str(model.version)}
-        if self.id is not None:
-            content["id"] = self.id
-        outputs: list[dict[str, Any]] = []
-        content["outputs"] = outputs
+        json, columns = form(scored, self.wanted, has_id=self.id is not None)
+        texts: list[bytes] = [] if self.id is None else [orjson.dumps(self.id)]
         chunks: list[bytes] = []
-        wanted = self.wanted
-        for name, datatype, shape, values in results(scored, wanted):
-            entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
-            outputs.append(entry)
-            if wanted is not None and wanted[name]:
-                chunk = binary.write(datatype, values)
-                entry["parameters"] = {"binary_data_size": len(chunk)}
+        for name, datatype, as_bytes in columns:
+            if as_bytes:
+                chunk = scored.raw(name, datatype)
                 chunks.append(chunk)
+                texts.append(b"%d" % len(chunk))
             else:
-                entry["data"] = values.tolist() if values.__class__ is np.ndarray and values.dtype == object else values
-        head = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+                texts.append(scored.text(name, datatype))
+        head = json % tuple(texts)
         if not chunks:
             return Answer(200, head, self.rows.count)
-        headers = ((binary.HEADER, str(len(head)).encode()),)
+        headers = ((binary.HEADER, b"%d" % len(head)),)
         return Answer(200, b"".join((head, *chunks)), self.rows.count, binary.CONTENT_TYPE, headers)
-
-
-def results(scored: Scored, wanted: Mapping[str, Any] | None) -> list[tuple[str, str, Sequence[int], Any]]:
-    """Name, datatype, shape and flat values (an array or a list) of the outputs that are wanted; None: all."""
-    count = len(scored.ids)
-    if scored.model.bundle is not None:
-        every: dict[str, tuple[str, Any]] = {
-            SCORE: ("FP32", scored.outputs[SCORE]),
-            "action": ("BYTES", [action or "" for action in scored.actions]),
-            PREDICTION_ID: ("BYTES", list(scored.ids)),
-        }
-        names = every if wanted is None else wanted
-        return [(name, every[name][0], (count,), every[name][1]) for name in names]
-    found: list[tuple[str, str, Sequence[int], Any]] = []
-    types = {one.name: one.datatype for one in scored.model.outputs}
-    for name in types if wanted is None else wanted:
-        if name in types:
-            array = scored.outputs[name]
-            found.append((name, types[name], array.shape, array.ravel()))
-        else:
-            found.append((name, "BYTES", (count,), list(scored.ids)))
-    return found
 
 
 def decode_infer(body: bytes, model: Model, json_length: int | None = None) -> Infer:
@@ -98,6 +70,9 @@ def decode_infer(body: bytes, model: Model, json_length: int | None = None) -> I
     Raises:
         Refusal: 400 it is not the protocol or does not fit the model, 413 too many rows.
     """
+    known = _known(body, model, json_length)
+    if known is not None:
+        return known
     tail = None
     if json_length is not None:
         body, tail = binary.split(body, json_length)
@@ -112,7 +87,40 @@ def decode_infer(body: bytes, model: Model, json_length: int | None = None) -> I
     wanted = None
     if "outputs" in content or "parameters" in content:
         wanted = _wanted(content, model)
-    return Infer(rows, name, wanted)
+    told = tells_ids(wanted, model)
+    if name is None and not told and model.bundle is None:
+        _keep(body, content, rows, wanted, model)
+    return Infer(rows, name, wanted, told)
+
+
+def _known(body: bytes, model: Model, json_length: int | None) -> Infer | None:
+    """A request of a form that was read before; None: it is another one, or wrong."""
+    if json_length is not None:
+        head = model.heads.get(body[:json_length])
+        if head is None or head.size != len(body) - json_length:
+            return None
+        return Infer(Rows(head.tensors(body, json_length), head.rows), None, head.wanted, tells_ids=False)
+    start = values_at(body)
+    frame = model.frames.get(body[:start]) if 0 < start <= LONGEST_HEAD else None
+    values = frame.values(body, start) if frame is not None else None
+    if frame is None or values is None:
+        return None
+    (tensor,) = model.inputs
+    rows = Rows({tensor.name: array_of(tensor, frame.shape, values)}, frame.rows)
+    return Infer(rows, None, frame.wanted, tells_ids=False)
+
+
+def _keep(body: bytes, content: Any, rows: Rows, wanted: dict[str, bool] | None, model: Model) -> None:
+    """Remember the JSON of a request to a plain model that was read, where the next one needs no more than values."""
+    inputs = content["inputs"]
+    if all("data" not in entry for entry in inputs):
+        head = head_of([entry["name"] for entry in inputs], rows.tensors, rows.count, wanted)
+        if head is not None and len(body) <= LONGEST_HEAD:
+            model.heads.keep(body, head)
+    elif len(inputs) == 1 and model.inputs[0].datatype != "BYTES":
+        frame = frame_of(body, content, rows.tensors[model.inputs[0].name].shape, rows.count, wanted)
+        if frame is not None:
+            model.frames.keep(*frame)
 
 
 def read_rows(model: Model, given: Mapping[str, Given]) -> Rows:
@@ -123,11 +131,6 @@ def read_rows(model: Model, given: Mapping[str, Given]) -> Rows:
         return to_rows(given, model.bundle.schema)
     except SchemaError as error:
         raise Refusal(400, str(error)) from None
-
-
-def output_names(model: Model) -> list[str]:
-    """Outputs that may be asked for."""
-    return [*dict.fromkeys([*(one.name for one in model.outputs), PREDICTION_ID])]
 
 
 def _given(inputs: list[Any], tail: memoryview | None) -> dict[str, Given]:
@@ -229,15 +232,6 @@ def _wanted(content: dict[str, Any], model: Model) -> dict[str, bool] | None:
                 raise Refusal(400, f"The output '{name}' is asked for with {unserved}, which is not served.")
         wanted[name] = _flag(asked, "binary_data", every)
     return wanted
-
-
-def check_output(name: str, wanted: Mapping[str, Any], model: Model) -> None:
-    """Raises Refusal 400 for an output that does not exist or was asked for before."""
-    known = output_names(model)
-    if name not in known:
-        raise Refusal(400, f"There is no output '{name[:100]}'; there are: {', '.join(known)}.")
-    if name in wanted:
-        raise Refusal(400, f"The output '{name}' is asked for twice.")
 
 
 def _flag(parameters: dict[str, Any], name: str, otherwise: bool) -> bool:

@@ -7,7 +7,6 @@ client can get wrong is a `Refusal`. Not here: HTTP, gRPC, and the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import numpy as np
 import orjson
 
 from noria.errors import NoriaError
-from serving.model import Model
+from serving.outcome import Scored
 
 RETRY = ((b"retry-after", b"1"),)
 """Headers of a refusal that a second may change."""
@@ -63,23 +62,12 @@ class Rows:
         return self.count
 
 
-@dataclass(slots=True)
-class Scored:
-    """One request's share of a run."""
-
-    model: Model
-    outputs: Mapping[str, np.ndarray]
-    """The graph's outputs, [n, ...] each."""
-    ids: Sequence[str]
-    """Prediction ids [n]."""
-    actions: Sequence[str | None]
-    """What the decision bands say of each score [n]; empty for a plain model."""
-
-
 class Asked(Protocol):
     """A decoded request."""
 
     rows: Rows
+    tells_ids: bool
+    """Its answer has the prediction ids in it."""
 
     def answer(self, scored: Scored) -> Answer:
         """The bytes that go back."""

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.arrow import CONTENT_TYPE, decode_arrow
+from serving.outcome import Outcome
 from serving.protocol import MOST_ROWS, decode_predict
-from serving.wire import Refusal, Scored
+from serving.wire import Refusal
 
 RECORDS = [
     {"pickup": "2020-03-15T08:30:00", "vendor": "A", "distance": 2.5, "zone": 1},
@@ -77,7 +78,7 @@ def test_columns_that_are_not_sent_are_missing_and_null_typed_ones_too(trips_mod
 def test_the_answer_is_a_stream_too(trips_model):
     asked = decode_arrow(stream(columns()), trips_model)
     scores = trips_model.run(asked.rows.tensors)["score"]
-    answer = asked.answer(Scored(trips_model, {"score": scores}, ["a", "b", "c"], ["short", None, "long"]))
+    answer = asked.answer(Outcome(trips_model, {"score": scores}, ["a", "b", "c"], ["short", None, "long"]).whole())
     assert (answer.content_type, answer.rows) == (CONTENT_TYPE, 3)
     table = pa.ipc.open_stream(answer.body).read_all()
     assert table.schema.metadata == {b"workload": b"trips", b"version": b"1"}

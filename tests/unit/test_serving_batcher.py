@@ -17,7 +17,8 @@ from serving.batcher import INLINE_SECONDS, Lane
 from serving.capture import Log
 from serving.config import Config
 from serving.engine import Engine
-from serving.ids import Ids
+from serving.entries import Entry
+from serving.ids import Ids, expand
 from serving.metrics import Metrics
 from serving.model import SHARED_SECONDS
 from serving.segment import read
@@ -90,6 +91,7 @@ def outputs(answer):
 
 
 def runs(service, model):
+    service.records.flush()
     counted = service.metrics.numbers()["noria_model_run_duration_seconds"][model, "1"]
     return sum(counted[:-1])
 
@@ -121,6 +123,8 @@ def test_a_malformed_request_fails_alone(service):
 
 def test_an_answer_that_cannot_be_encoded_fails_alone(service, caplog):
     class Broken:
+        tells_ids = False
+
         def __init__(self, asked):
             self.rows = asked.rows
 
@@ -182,6 +186,7 @@ def test_batches_keep_within_the_proven_rows(service):
     part = body("x", "FP32", [most - 1, 2], [0.5] * (2 * most - 2))
     answers = at_once(service, "double", [part, body("x", "FP32", [2, 2], [1] * 4), part])
     assert [len(outputs(one)) for one in answers] == [2 * most - 2, 4, 2 * most - 2]
+    service.records.flush()
     counted = service.metrics.numbers()["noria_batch_rows"]["double",]
     assert counted[-1] == 2 * most  # rows of all runs
     (alone,) = at_once(service, "double", [body("x", "FP32", [5 * most, 2], [1] * (10 * most))])
@@ -320,3 +325,23 @@ def test_ask_gives_an_answer_and_can_be_cancelled(service):
         return answer.status, dropped.gone
 
     assert asyncio.run(ask()) == (200, True)
+
+
+def test_ids_that_nobody_hears_are_as_good_as_the_others(service):
+    entries = [Entry(0, rows, {}, {}, 0, [], 0.0) for rows in (10_000, 3, *[10_000] * 8, 1)]
+    service.records._name(service.engine.models["double"], entries)
+    names = [name for entry in entries for name in expand(entry.first, entry.rows)]
+    assert len(set(names)) == len(names) == 90_004
+    assert all(service.ids.genuine(name, "double") for name in names)
+    assert len({name[:21] for name in names}) == 2  # batches
+
+
+def test_answers_without_ids_are_logged_with_ids(service):
+    at_once(service, "double", [body("x", "FP32", [2, 2], [1, 2, 3, 4]), body("x", "FP32", [1, 2], [5, 6])])
+    service.records.flush()
+    service.log.rotate()
+    (path,) = service.log.ready_folder.iterdir()
+    rows = read(path.read_bytes())[0]["predictions"]
+    names = rows.column("prediction_id").to_pylist()
+    assert len(set(names)) == 3 and all(service.ids.genuine(name, "double") for name in names)
+    assert rows.column("input_x").to_pylist() == [[1, 2], [3, 4], [5, 6]]

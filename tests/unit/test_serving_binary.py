@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving import binary
-from serving.datatypes import NUMPY
+from serving.datatypes import NUMPY, to_bytes
 from serving.tensors import decode_infer
 from serving.wire import Refusal
 
@@ -59,7 +59,7 @@ def test_any_framing_is_rows_or_a_refusal(identity_model, trips_model, entries, 
 def test_a_cut_or_longer_body_is_refused(identity_model, data, datatype):
     model = identity_model(datatype)
     values = ["a", "longer", ""] if datatype == "BYTES" else np.ones((1, 3), NUMPY[datatype])
-    chunk = binary.write(datatype, values)
+    chunk = to_bytes(datatype, values)
     entry = {"name": "x", "datatype": datatype, "shape": [1, 3], "parameters": {"binary_data_size": len(chunk)}}
     head = orjson.dumps({"inputs": [entry]})
     whole = head + chunk
@@ -79,7 +79,7 @@ def test_any_bytes_as_strings(data, count):
     except Refusal as refusal:
         assert refusal.status == 400
     else:
-        assert binary.write("BYTES", found) == data
+        assert to_bytes("BYTES", found) == data
 
 
 @pytest.mark.parametrize(

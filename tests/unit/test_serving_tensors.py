@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from serving import binary
-from serving.datatypes import NUMPY
+from serving.datatypes import NUMPY, to_bytes
 from serving.openapi import plain_example
+from serving.outcome import Outcome
 from serving.tensors import decode_infer
-from serving.wire import Refusal, Scored
+from serving.wire import Refusal
 
 FLOATS = ("FP16", "FP32", "FP64")
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
@@ -54,7 +55,7 @@ def as_bytes(inputs, **more):
 def run(model, asked):
     """The answer as the server makes it."""
     ids = [f"{row:032x}" for row in range(asked.rows.count)]
-    return asked.answer(Scored(model, model.run(asked.rows.tensors), ids, []))
+    return asked.answer(Outcome(model, model.run(asked.rows.tensors), ids, []).whole())
 
 
 def outputs_of(answer):
@@ -83,7 +84,7 @@ def test_every_datatype_comes_back_as_it_was_sent(identity_model, datatype, data
     every_way = data.draw(st.booleans(), "bytes out")
     shape, more = list(array.shape), {"parameters": {"binary_data_output": every_way}}
 
-    asked = decode_infer(*_swap(model, as_bytes([("x", datatype, shape, binary.write(datatype, array))], **more)))
+    asked = decode_infer(*_swap(model, as_bytes([("x", datatype, shape, to_bytes(datatype, array))], **more)))
     np.testing.assert_array_equal(asked.rows.tensors["x"], array)
     assert asked.rows.tensors["x"].dtype == NUMPY[datatype]
     answer = run(model, asked)
@@ -134,7 +135,7 @@ def test_an_output_overrides_the_request(identity_model):
 def test_a_workload_answers_in_bytes_too(trips_model):
     sent = [
         ("pickup", "INT64", [2], np.array([60, 120]).tobytes()),
-        ("vendor", "BYTES", [2, 1], binary.write("BYTES", ["A", ""])),
+        ("vendor", "BYTES", [2, 1], to_bytes("BYTES", ["A", ""])),
         ("distance", "FP64", [2], np.array([1.5, np.nan]).tobytes()),
         ("zone", "UINT8", [2], b"\1\2"),
     ]
@@ -143,9 +144,9 @@ def test_a_workload_answers_in_bytes_too(trips_model):
     assert asked.rows.tensors["zone"].dtype == np.int64
     assert asked.rows.tensors["distance"].dtype == np.float32
     assert asked.rows.times.tolist() == [60_000_000, 120_000_000]
-    scored = Scored(trips_model, trips_model.run(asked.rows.tensors), ["a", "b"], ["short", None])
+    scored = Outcome(trips_model, trips_model.run(asked.rows.tensors), ["a", "b"], ["short", None]).whole()
     found = outputs_of(asked.answer(scored))
-    np.testing.assert_array_equal(found["score"], scored.outputs["score"])
+    np.testing.assert_array_equal(found["score"], scored.scores())
     assert found["action"].tolist() == ["short", ""]
     default = orjson.loads(decode_infer(*_swap(trips_model, as_bytes(sent))).answer(scored).body)
     assert [output["name"] for output in default["outputs"]] == ["score", "action", "prediction_id"]
