@@ -30,14 +30,8 @@ class Pool:
         return [*self.leaving, *([self._spare] if self._spare else [])]
 
     def start(self, generation: int, path: Path) -> Worker:
-        """A worker that loads the generation in a file: the spare one, if it is ready for that."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.look()
-            if spare.phase != "waiting" or spare.failure is not None:
-                spare.kill()  # on a busy machine a new one is sooner there: a spare starts with the lowest priority
-                spare = None
-        worker = spare or Worker(self.plan)
+        """A worker that loads the generation in a file: the spare one, if there is one."""
+        worker, self._spare = self._spare or Worker(self.plan), None
         worker.load(generation, path)
         return worker
 
@@ -50,7 +44,7 @@ class Pool:
                 self._spare.close()
                 self._spare, self._spare_at = None, time.monotonic() + SPARE_WAIT
         elif time.monotonic() >= self._spare_at:
-            self._spare = Worker(self.plan, gentle=True)
+            self._spare = Worker(self.plan)
 
     def retire(self, worker: Worker) -> None:
         """Let a worker that answers finish what it has; end any other one now."""

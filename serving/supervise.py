@@ -97,11 +97,10 @@ class Failure:
 class Worker:
     """A started worker process. Used by one thread, the one that started it."""
 
-    def __init__(self, plan: Plan, *, gentle: bool = False) -> None:
-        """Start it; `gentle`: with the lowest priority, until it waits. Its standard input is the pipe that ends with
-        this process."""
+    def __init__(self, plan: Plan) -> None:
+        """Start it. Its standard input is the pipe that ends with this process."""
         self.plan, self.generation = plan, 0
-        self.phase: Literal["starting", "waiting", "loading", "loaded", "opening", "accepting"] = "starting"
+        self.phase: Literal["spare", "loading", "loaded", "opening", "accepting"] = "spare"
         self.failure: Failure | None = None
         self.source = uuid.uuid4().hex[:12]
         """Names this process's life, in the prediction log and in the metrics."""
@@ -119,7 +118,7 @@ class Worker:
         os.set_blocking(self._reports, False)
         try:
             self._process = subprocess.Popen(
-                self._command("serving.spare" if gentle else "serving.worker", theirs),
+                self._command(theirs),
                 stdin=subprocess.PIPE,
                 pass_fds=[plan.listener.fileno(), theirs],
                 process_group=0,  # not a session of its own: niceness would not count between it and the drain
@@ -128,9 +127,9 @@ class Worker:
         finally:
             os.close(theirs)
 
-    def _command(self, module: str, reports: int) -> list[str]:
+    def _command(self, reports: int) -> list[str]:
         command = [
-            sys.executable, "-m", module, "--socket", str(self.plan.listener.fileno()),
+            sys.executable, "-m", "serving.worker", "--socket", str(self.plan.listener.fileno()),
             "--report", str(reports), "--folder", str(self.plan.folder), "--source", self.source,
             "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
             "--providers", self.plan.providers,
@@ -235,9 +234,7 @@ class Worker:
             self._take(json.loads(line))
 
     def _take(self, said: dict[str, Any]) -> None:
-        if "waiting" in said and self.phase == "starting":
-            self.phase = "waiting"
-        elif "loading" in said:
+        if "loading" in said:
             self._loading, self._since = (said["loading"], said["version"]), time.monotonic()
         elif "failed" in said:
             self.failure = Failure(said["reason"], said["failed"])

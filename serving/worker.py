@@ -242,7 +242,6 @@ def main() -> None:
     )  # fmt: skip
     config.load()
     server = Server(config, parent.tell, service, given.grpc)
-    parent.tell(waiting=True)
     load(parent, engine, Path(parent.hear()))
     for model in engine.models.values():
         service.metrics.loaded(model.workload, model.version, model.provider)
