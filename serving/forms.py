@@ -108,12 +108,15 @@ def frame_of(
 ) -> tuple[bytes, Frame] | None:
     """What was read of a body as `content` with one tensor, and what stands before its values; None where it must be
     read as a whole each time."""
-    start = values_at(body)
-    before, end = body[:start], body[body.find(b"]", start) + 1 :]
     entry = content["inputs"][0]
     data = entry.get("data")
-    if not data or data[0].__class__ is list or max(start, len(end)) > LONGEST_HEAD:
+    if not data or data[0].__class__ is list:
         return None
+    start = values_at(body)
+    behind = body.find(b"]", start) + 1
+    if max(start, len(body) - behind) > LONGEST_HEAD:
+        return None
+    before, end = body[:start], body[behind:]
     try:
         other = orjson.loads(b"%bnull%b" % (before, end))
     except orjson.JSONDecodeError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import orjson
@@ -17,7 +16,6 @@ from noria.runtime import SCORE
 from serving.datatypes import to_bytes
 from serving.model import Model
 
-ACTION = "action"
 PREDICTION_ID = "prediction_id"
 
 
@@ -110,8 +108,7 @@ class Scored:
         """The flat values of an output as a list in JSON."""
         if datatype == "BYTES":
             return orjson.dumps(self.strings(name))
-        array: Any = self.outcome.outputs[name]
-        if not self.outcome.shared or not array.size:
+        if not self.outcome.shared or not self.outcome.outputs[name].size:
             return orjson.dumps(self.array(name).ravel(), option=orjson.OPT_SERIALIZE_NUMPY)
         return b"[%b]" % b",".join(self.outcome.texts(name)[self.start : self.end])
 

@@ -96,7 +96,7 @@ def decode_infer(body: bytes, model: Model, json_length: int | None = None) -> I
 def _known(body: bytes, model: Model, json_length: int | None) -> Infer | None:
     """A request of a form that was read before; None: it is another one, or wrong."""
     if json_length is not None:
-        head = model.heads.get(body[:json_length])
+        head = model.heads.get(body[:json_length]) if json_length <= LONGEST_HEAD else None
         if head is None or head.size != len(body) - json_length:
             return None
         return Infer(Rows(head.tensors(body, json_length), head.rows), None, head.wanted, tells_ids=False)

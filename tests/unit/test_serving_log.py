@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -13,6 +14,7 @@ import pytest
 from noria.lake import Lake
 from noria.records import Window
 from registry.bundle import write
+from serving import drain as drain_module
 from serving.capture import Log
 from serving.drain import Drain
 from serving.entries import Entry
@@ -205,3 +207,26 @@ def test_reading_a_segment_needs_nothing_else(place, model, trips_schema):
     tables, broken = read(path.read_bytes())
     assert broken == 0
     assert tables["predictions"].num_rows == 2
+
+
+def test_an_append_is_bounded_in_bytes_too(place, model, monkeypatch):
+    log = Log(place[0], "one")
+    for _ in range(3):
+        put(log, model)
+        log.rotate()
+    sizes = sorted(path.stat().st_size for path in (place[0] / "ready").iterdir())
+    monkeypatch.setattr(drain_module, "MOST_BYTES", 2 * sizes[-1])
+    moved = []
+    monkeypatch.setattr(Drain, "_move", lambda self, part: moved.append(len(part)))
+    assert Drain(*place).step() == 6
+    assert moved == [2, 1]
+
+
+def test_a_new_table_is_checkpointed_every_ten_commits(place, model):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    for _ in range(11):
+        put(log, model)
+        log.rotate()
+        drain.step()
+    folder = Path(place[1]) / "trips" / "predictions" / "_delta_log"
+    assert list(folder.glob("*.checkpoint*.parquet"))
