@@ -21,7 +21,10 @@ PREFIX = "NORIA_LIMIT_"
 JSON_DEPTH = 64
 """Arrays and objects within each other. Not to be set: nothing that is asked here needs a tenth of it."""
 SLICE_BYTES = 16 * 1024
-"""Compressed bytes that are inflated in one go: at deflate's best ratio (1,032) they make 17 MB."""
+"""Compressed bytes that are handed to zlib at a time, as it copies what it left over."""
+PIECE_BYTES = 256 * 1024
+"""Inflated bytes that are taken from zlib at a time: it gathers them in blocks and joins these, so that they are there
+twice. At deflate's best ratio (1,032) a slice would be a piece of 17 MB."""
 ALWAYS_BYTES = 2**20
 """Bodies that inflate to no more than this may have any ratio."""
 MOST_MEMBERS = 2_000
@@ -109,17 +112,17 @@ def inflate(body: bytes, encoding: bytes | None, limits: Limits = DEFAULTS) -> b
 def _inflate(body: memoryview, window: int, most: int) -> bytes:
     # Slices, so that a stream is left soon after it passes the bound; BytesIO, which grows in place and gives its
     # buffer away, where joined pieces would be there twice.
-    out, stream, members = BytesIO(), zlib.decompressobj(window), 1
+    out, stream, members, full = BytesIO(), zlib.decompressobj(window), 1, False
     for start in range(0, len(body), SLICE_BYTES):
         rest: bytes | memoryview = body[start : start + SLICE_BYTES]
-        while rest:
+        while rest or (full and not stream.eof):  # zlib may hold the end of a repetition, with nothing left to read
             if stream.eof:
                 members += 1
                 if window != ENCODINGS[b"gzip"] or members > MOST_MEMBERS:
                     raise Refusal(400, "The compressed body goes on after its end.")
                 stream = zlib.decompressobj(window)
-            piece = stream.decompress(rest, most - out.tell() + 1)
-            out.write(piece)
+            asked = min(PIECE_BYTES, most - out.tell() + 1)
+            full = out.write(stream.decompress(rest, asked)) == asked
             if out.tell() > most:
                 raise Refusal(413, f"The body inflates to more than {most:,} bytes; send less in one request.")
             rest = stream.unused_data or stream.unconsumed_tail

@@ -89,41 +89,40 @@ class Service:
 
     def accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:
         """Answer a request, soon: `reply` is called once, in the event loop. Returns what may be marked as gone."""
-        try:
-            encoding = request.headers.get(b"content-encoding")
-            if encoding is not None:
-                if len(request.body) > INLINE_DEFLATED:
-                    self._inflate_beside(request, encoding, reply)
-                    return None
-                request.body = inflate(request.body, encoding, self.limits)
+        encoding = request.headers.get(b"content-encoding")
+        if encoding is None:
             return self._accept(request, reply)
-        except Refusal as refusal:
-            self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
-            reply(refused(refusal))
+        if len(request.body) <= INLINE_DEFLATED:
+            return self._inflated(request, _inflate(request.body, encoding, self.limits), reply)
+        # In a thread, because a large body takes long and may be a bomb.
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self.threads, _inflate, request.body, encoding, self.limits)
+        work.add_done_callback(lambda future: self._inflated(request, future.result(), reply))
+        return None
+
+    def _inflated(self, request: Request, body: bytes | Refusal, reply: Callable[[Answer], None]) -> Call | None:
+        if isinstance(body, Refusal):
+            self._refuse(request, body, reply)
             return None
+        request.body = body
+        return self._accept(request, reply)
 
     def _accept(self, request: Request, reply: Callable[[Answer], None]) -> Call | None:
-        """The same for a body that is as it should be read. Raises Refusal."""
-        if request.route == "feedback":
-            self._feedback(request, reply)
+        """The same for a body that is as it should be read."""
+        try:
+            if request.route == "feedback":
+                self._feedback(request, reply)
+                return None
+            call = self._call(request, reply)
+            self.batcher.submit(call)
+            return call
+        except Refusal as refusal:
+            self._refuse(request, refusal, reply)
             return None
-        call = self._call(request, reply)
-        self.batcher.submit(call)
-        return call
 
-    def _inflate_beside(self, request: Request, encoding: bytes, reply: Callable[[Answer], None]) -> None:
-        """Decompress in a thread, because a large body takes long and may be a bomb; then go on."""
-
-        def go_on(future: asyncio.Future[bytes]) -> None:
-            try:
-                request.body = future.result()
-                self._accept(request, reply)
-            except Refusal as refusal:
-                self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
-                reply(refused(refusal))
-
-        loop = asyncio.get_running_loop()
-        loop.run_in_executor(self.threads, inflate, request.body, encoding, self.limits).add_done_callback(go_on)
+    def _refuse(self, request: Request, refusal: Refusal, reply: Callable[[Answer], None]) -> None:
+        self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
+        reply(refused(refusal))
 
     def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> str:
         """The name of the key of a request that may go on; `path` is decoded, `client` an IP address.
@@ -264,6 +263,15 @@ class Service:
 def too_large(limits: Limits) -> Refusal:
     """The refusal of a body that is larger than is read."""
     return Refusal(413, f"The body is larger than {limits.body_bytes:,} bytes; send fewer records in a request.")
+
+
+def _inflate(body: bytes, encoding: bytes, limits: Limits) -> bytes | Refusal:
+    """As `inflate`, with a refusal returned: in a future it would be kept, with the frames that it went through and all
+    that was inflated in them, until the garbage collector comes by."""
+    try:
+        return inflate(body, encoding, limits)
+    except Refusal as refusal:
+        return refusal.with_traceback(None)
 
 
 def _kind(headers: Mapping[bytes, bytes]) -> bytes:

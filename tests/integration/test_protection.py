@@ -276,12 +276,13 @@ def test_a_compressed_bomb_is_refused(running, encoding):
     more = maker.compress(bytes(32 * MIB)) + maker.flush(zlib.Z_FULL_FLUSH)
     body = first + more * (10 * 10**6 // len(more))
     before = running.peak()
-    with running.connect() as connection:
-        connection.sendall(head("/predict/trips", f"content-length: {len(body)}", f"content-encoding: {encoding}"))
-        _, status = push(connection, [body])
+    for _ in range(3):  # what the first leaves of the heap is not what it found
+        with running.connect() as connection:
+            connection.sendall(head("/predict/trips", f"content-length: {len(body)}", f"content-encoding: {encoding}"))
+            _, status = push(connection, [body])
+        assert status == 413
     grown = running.peak() - before
-    say(f"{encoding} bomb of {len(body):,} bytes: answered {status}, grew by {grown / MIB:.1f} MiB")
-    assert status == 413
+    say(f"{encoding} bombs of {len(body):,} bytes: answered {status}, grew by {grown / MIB:.1f} MiB")
     assert grown < 2 * Limits.inflated_bytes
     content, headers = gzip.compress(BODY), {"content-encoding": "gzip", "content-type": "application/json"}
     assert httpx.post(f"{running.url}/predict/trips", content=content, headers=headers).status_code == 200
