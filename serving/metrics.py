@@ -90,32 +90,21 @@ class Metrics:
         """
         lane = self._lanes.get((workload, version)) or self._lane(workload, version)
         count = len(seconds)
-        held = lane.rows
-        held[(rows - 1).bit_length() if 0 < rows <= MOST else -2 if rows else 0] += 1
-        held[-1] += rows
-        held = lane.requests
-        held[(count - 1).bit_length() if 0 < count <= MOST else -2 if count else 0] += 1
-        held[-1] += count
-        held = lane.runs
-        held[bisect_left(SHORT_SECONDS, run)] += 1
-        held[-1] += run
-        if count == 1:  # on an idle server every batch; setting up the loop below costs more than its body
+        _spread_number(lane.rows, rows)
+        _spread_number(lane.requests, count)
+        _spread(lane.runs, SHORT_SECONDS, (run,))
+        if count and routes.count(routes[0]) == count:
             held = lane.routes.get(routes[0]) or self._of_lane(lane, routes[0], workload, version)
-            taken = seconds[0]
-            held[bisect_left(SECONDS, taken)] += 1
-            held[-1] += taken
+            _spread(held, SECONDS, seconds)
         else:
             last = ""
             for route, taken in zip(routes, seconds, strict=True):
                 if route is not last:
                     held = lane.routes.get(route) or self._of_lane(lane, route, workload, version)
                     last = route
-                held[bisect_left(SECONDS, taken)] += 1
-                held[-1] += taken
-        held = lane.waits
-        for taken in waits:
-            held[bisect_left(SHORT_SECONDS, taken)] += 1
-            held[-1] += taken
+                _spread(held, SECONDS, (taken,))
+        if waits:
+            _spread(lane.waits, SHORT_SECONDS, waits)
 
     def answered(self, route: str, workload: str, version: int, status: int, seconds: float, rows: int = 0) -> None:
         """Count one answer that no batch counts.
@@ -288,6 +277,24 @@ class Metrics:
             held = self._numbers[name].setdefault(labels, [0.0] * family.width)
         held[bisect_left(family.bounds, value)] += 1
         held[-1] += value
+
+
+def _spread(held: list[float], bounds: Sequence[float], values: Sequence[float]) -> None:
+    """Count values, one at least, in their buckets: those of one batch mostly lie in the same."""
+    count, total = len(values), sum(values)
+    low = bisect_left(bounds, min(values))
+    if count == 1 or low == bisect_left(bounds, max(values)):
+        held[low] += count
+    else:
+        for value in values:
+            held[bisect_left(bounds, value)] += 1
+    held[-1] += total
+
+
+def _spread_number(held: list[float], number: int) -> None:
+    """Count a number of things; its buckets are powers of two."""
+    held[(number - 1).bit_length() if 0 < number <= MOST else -2 if number else 0] += 1
+    held[-1] += number
 
 
 def _provider(name: str) -> str:

@@ -25,8 +25,8 @@ from serving.tracing import Tracer
 
 OK = 200
 FLUSH_SECONDS, FLUSH_ROWS = 0.002, 256
-"""How long, and how many, answered rows may wait to be counted, and with `ack=fast` to be logged. What waits shares one
-line and one write; a worker that is killed takes it along."""
+"""How long, and how many, answered rows may wait to be logged with `ack=fast`. What waits shares one line and one
+write; a worker that is killed takes it along."""
 NO_ID = ("",)
 ROUTES = {
     "predict": "/predict/{workload}",
@@ -46,7 +46,7 @@ class Records:
         """`durable`: whether the answers of a workload wait for the disk."""
         self.log, self.ids, self.metrics, self.tracer, self.durable = log, ids, metrics, tracer, durable
         self.commit = GroupCommit(log, metrics.log_synced)
-        self._answered: list[tuple[Model, Sequence[Call], Sequence[Run], float]] = []
+        self._waiting: list[tuple[Model, Entry]] = []
         self._rows = 0
         self._timer: asyncio.TimerHandle | None = None
         self._since = 0.0
@@ -83,10 +83,16 @@ class Records:
     def answered(
         self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop
     ) -> None:
-        """See to it that a batch is logged, as far as it was left for later, and counted, together with others."""
+        """Count a batch, and see to it that what was left for later is logged, together with other batches."""
+        # Counted at once, because what was just used is quickly read, and quickly let go.
         now = time.perf_counter()
-        self._answered.append((model, calls, runs, now))
-        self._rows += sum([run.rows for run in runs])
+        self._count(model, calls, runs, now)
+        for run in runs:
+            if run.later is not None:
+                self._waiting.append((model, run.later))
+                self._rows += run.rows
+        if not self._waiting:
+            return
         if self._timer is None:
             self._since, self._timer = now, loop.call_later(FLUSH_SECONDS, self.flush)
         if not self._soon and (self._rows >= FLUSH_ROWS or now - self._since >= FLUSH_SECONDS / 2):
@@ -95,21 +101,16 @@ class Records:
             loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Log and count what waits."""
+        """Log what waits. Called in the loop."""
         if self._timer is not None:
             self._timer.cancel()
-        answered = self._answered
-        self._answered, self._rows, self._timer, self._soon = [], 0, None, False
-        waiting: dict[tuple[str, int], tuple[Model, list[Entry]]] = {}
-        for model, _, runs, _ in answered:
-            later = [run.later for run in runs if run.later is not None]
-            if later:
-                waiting.setdefault((model.workload, model.version), (model, []))[1].extend(later)
+        waiting: dict[int, tuple[Model, list[Entry]]] = {}
+        for model, entry in self._waiting:
+            waiting.setdefault(id(model), (model, []))[1].append(entry)
+        self._waiting, self._rows, self._timer, self._soon = [], 0, None, False
         for model, entries in waiting.values():
             self._name(model, [entry for entry in entries if not entry.first])
             self.log.predictions(model, entries)
-        for batch in answered:
-            self._count(*batch)
 
     def _count(self, model: Model, calls: Sequence[Call], runs: Sequence[Run], now: float) -> None:
         """Count a batch whose answers left at `now`."""
