@@ -15,7 +15,7 @@ from rich.console import Console
 
 from flows.site import Site
 from noria.errors import SettingsError
-from noria.settings import export
+from noria.variables import export
 from serving import ingress
 
 out = Console()

@@ -28,7 +28,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from noria.settings import replace_environment
+from noria.variables import replace_environment
 
 log = logging.getLogger("noria.engine")
 WARM = ("flows.retrain", "flows.watch", "flows.batch", "flows.worker", "prefect.engine")

@@ -16,7 +16,8 @@ from typing import Any
 from noria.errors import NoriaError, ServiceError, SettingsError, WorkloadError
 from noria.lake import Lake
 from noria.records import moment
-from noria.settings import Settings, export, load_settings
+from noria.settings import Settings, load_settings
+from noria.variables import export
 from noria.workload import Workload, load
 
 STATE = "stack.json"

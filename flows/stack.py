@@ -25,7 +25,7 @@ import psutil
 
 from flows.site import Site, read_state, write_state
 from noria.errors import ServiceError
-from noria.settings import child_environment
+from noria.variables import child_environment
 
 log = logging.getLogger("noria.stack")
 PATIENCE = 120.0

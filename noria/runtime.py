@@ -31,7 +31,7 @@ from noria.gpu import (
     tensorrt_version,
 )
 from noria.schema import Tensors
-from noria.settings import export
+from noria.variables import export
 
 Providers = Literal["auto", "cpu", "cuda", "tensorrt"]
 Runner = Callable[[Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]

@@ -1,4 +1,4 @@
-"""Where things run. The only file that reads the environment.
+"""Where things run: what is set, and its defaults.
 
 *What* runs (workloads, policies) is code; *where* it runs is here. Every setting is an environment variable with the
 prefix ``NORIA_``, for example ``NORIA_HOME=/srv/noria``.
@@ -6,7 +6,6 @@ prefix ``NORIA_``, for example ``NORIA_HOME=/srv/noria``.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -218,24 +217,3 @@ def _unusable(prefix: str, error: ValidationError) -> SettingsError:
     first = error.errors()[0]
     name = prefix + "_".join(str(part) for part in first["loc"]).upper()
     return SettingsError(f"{name} is not usable: {first['msg']}. Correct it or unset it.")
-
-
-def variables(prefix: str) -> dict[str, str]:
-    """The environment's variables that begin with `prefix`, such as NORIA_LIMIT_ (`serving.limits` knows which)."""
-    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
-
-
-def child_environment(**extra: str) -> dict[str, str]:
-    """This process's environment with `extra` on top: what a started service gets."""
-    return {**os.environ, **extra}
-
-
-def export(**variables: str) -> None:
-    """Set variables that libraries read from the environment (for example PREFECT_API_URL) before they are imported."""
-    os.environ.update(variables)
-
-
-def replace_environment(variables: dict[str, str]) -> None:
-    """Make the environment exactly `variables`: for a forked process that continues as another one."""
-    os.environ.clear()
-    os.environ.update(variables)

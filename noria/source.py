@@ -34,7 +34,7 @@ from filelock import FileLock
 from noria.errors import DataError
 from noria.records import Window
 from noria.schema import ARROW
-from noria.settings import child_environment
+from noria.variables import child_environment
 
 Progress = Callable[[str], None]
 PATIENCE = 600

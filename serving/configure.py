@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from noria.settings import Settings, variables
+from noria.settings import Settings
+from noria.variables import variables
 from serving.config import Config
 from serving.guard import protection
 from serving.limits import PREFIX

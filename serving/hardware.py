@@ -7,6 +7,7 @@ Not here: whether there is a GPU, and its libraries' options (`noria.gpu`).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import onnx
 from onnx import shape_inference
 
 from noria.gpu import GpuOptions
-from noria.runtime import Providers
-from noria.settings import load_settings
+from noria.runtime import ANY_GPU, Providers
 
 
 def gpu_options(model: Path, providers: Providers, sizes: Sequence[int]) -> GpuOptions:
     """What `open_session` is told about the GPU, from the settings; the profile is made for TensorRT only."""
-    settings = load_settings()
+    if providers == "cpu":
+        return ANY_GPU
+    settings = importlib.import_module("noria.settings").load_settings()
     shapes = profile(model.read_bytes(), sizes) if providers == "tensorrt" else {}
     return GpuOptions(settings.gpu_device, settings.gpu_memory_mb, settings.engines, shapes)
 

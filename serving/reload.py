@@ -23,8 +23,9 @@ from pathlib import Path
 import psutil
 
 from noria.errors import ServiceError
-from noria.runtime import require
-from noria.settings import Settings, export
+from noria.runtime import Providers, require
+from noria.settings import Settings
+from noria.variables import export
 from serving import tally
 from serving.config import Config
 from serving.configure import configure
@@ -59,7 +60,7 @@ def serve(
         SettingsError: a setting is malformed, or others could reach a server that asks for no key.
         ServiceError: the port is taken, or another server uses the same home.
     """
-    require(settings.providers, settings.gpu_device)
+    chain = require(settings.providers, settings.gpu_device)
     config = configure(settings, host, is_open=is_open, workers=settings.workers)
     with _alone(settings.serving), ExitStack() as held:
         listener = listen(host, port)
@@ -71,7 +72,8 @@ def serve(
         metrics = Metrics(settings.serving / "metrics", f"parent-{uuid.uuid4().hex[:12]}")
         repository = Repository(Path(settings.repository) if settings.repository else None, settings.serving)
         repository.step()  # what lies there at the start is loaded by the first workers
-        fleet = Fleet(_plan(settings, listener, grpc_port, config), settings.workers, metrics)
+        providers = settings.providers if len(chain) > 1 else "cpu"  # what is not here, no worker looks for again
+        fleet = Fleet(_plan(settings, listener, grpc_port, config, providers), settings.workers, metrics)
         count = partial(_count, metrics, fleet, settings.serving, ShadowCounts(settings.serving))
         steps: list[Step] = [(repository.step, LOOK_SECONDS), (count, COUNT_SECONDS)]
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
@@ -140,9 +142,11 @@ def _count(metrics: Metrics, fleet: Fleet, folder: Path, shadow: ShadowCounts) -
         tally.retire(folder / "metrics", {*fleet.sources, metrics.source})
 
 
-def _plan(settings: Settings, listener: socket.socket, grpc_port: int | None, config: Config) -> Plan:
+def _plan(
+    settings: Settings, listener: socket.socket, grpc_port: int | None, config: Config, providers: Providers
+) -> Plan:
     memory = settings.load_memory_mb * MB or psutil.virtual_memory().total // 2 // settings.workers
-    return Plan(listener, settings.serving, settings.providers, grpc_port, config, settings.load_seconds, memory)
+    return Plan(listener, settings.serving, providers, grpc_port, config, settings.load_seconds, memory)
 
 
 @contextmanager

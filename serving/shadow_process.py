@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from noria.settings import child_environment
+from noria.variables import child_environment
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Between an end and the next start; it doubles while ends come soon after one another."""

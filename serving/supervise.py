@@ -26,7 +26,7 @@ import psutil
 
 from noria.errors import ServiceError
 from noria.runtime import Providers
-from noria.settings import child_environment
+from noria.variables import child_environment
 from serving.config import Config
 
 BACKLOG = 2048

@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from noria.errors import SettingsError
-from noria.settings import TracingSettings, load_tracing
+from noria.variables import variables
+
+if TYPE_CHECKING:
+    from noria.settings import TracingSettings
 
 
 @dataclass(slots=True)
@@ -70,7 +73,10 @@ def start(source: str, settings: TracingSettings | None = None) -> Tracer | None
     Raises:
         SettingsError: a variable is malformed, or traces are on and the packages are not installed.
     """
-    settings = settings or load_tracing()
+    if settings is None:
+        if not variables("OTEL_"):
+            return None
+        settings = importlib.import_module("noria.settings").load_tracing()
     if not settings.on:
         return None
     try:

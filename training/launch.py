@@ -25,7 +25,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 from noria.errors import NoriaError, TrainingError
-from noria.settings import child_environment, export
+from noria.variables import child_environment, export
 from training.loop import History, Job, Part, Place, Weights, best_of
 from training.loop import train as train_here
 

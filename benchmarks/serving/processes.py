@@ -19,7 +19,7 @@ import psutil
 
 from benchmarks.serving.bodies import Answered, Body
 from benchmarks.serving.environments import Unavailable
-from noria.settings import child_environment
+from noria.variables import child_environment
 
 PATIENCE = 120.0
 """Seconds until a server must give its first right answer."""

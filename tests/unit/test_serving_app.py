@@ -347,7 +347,7 @@ def test_a_fault_is_logged_and_answered_as_one(app, caplog, monkeypatch):
 
 
 def test_the_worker_imports_nothing_heavy():
-    heavy = "mlflow", "deltalake", "torch", "ray", "prefect", "evidently", "sklearn", "pandas"
+    heavy = "mlflow", "deltalake", "torch", "ray", "prefect", "evidently", "sklearn", "pandas", "pydantic"
     check = f"import sys, serving.worker; print([name for name in {heavy} if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"

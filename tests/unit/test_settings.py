@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from noria.errors import SettingsError
-from noria.settings import child_environment, export, load_settings
+from noria.settings import load_settings
+from noria.variables import child_environment, export
 
 
 def test_everything_lies_below_one_home(monkeypatch, tmp_path):
