@@ -2,12 +2,14 @@
 
 Names follow Prometheus' rules: base units, `_total` on counters, `_info` on facts. Numbers are kept in one form
 everywhere: family -> label values -> a list, which holds one number, or for a histogram the count of each bucket, the
-count above the last, and the sum. So adding two workers up is adding two lists. Not here: counting, or showing it.
+count above the last, and the sum. So adding two workers up is adding two lists. Not here: what is counted when,
+or how it is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,3 +119,21 @@ def add(total: Numbers, more: Numbers, families: Iterable[Family] = FAMILIES) ->
                 into[labels] = [max(pair) for pair in zip(held, numbers, strict=True)]
             else:
                 into[labels] = [one + other for one, other in zip(held, numbers, strict=True)]
+
+
+def spread(held: list[float], bounds: Sequence[float], values: Sequence[float]) -> None:
+    """Add values, one at least, to a histogram with these bounds: those of one batch mostly lie in one bucket."""
+    count, total = len(values), sum(values)
+    low = bisect_left(bounds, min(values))
+    if count == 1 or low == bisect_left(bounds, max(values)):
+        held[low] += count
+    else:
+        for value in values:
+            held[bisect_left(bounds, value)] += 1
+    held[-1] += total
+
+
+def spread_number(held: list[float], number: int) -> None:
+    """Add a number of things to a histogram with the bounds POWERS."""
+    held[(number - 1).bit_length() if 0 < number <= MOST else -2 if number else 0] += 1
+    held[-1] += number

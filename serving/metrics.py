@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from prometheus_client import ProcessCollector
 
 from serving import exposition, tally
-from serving.families import BY_NAME, MOST, SECONDS, SHORT_SECONDS, Numbers, add, empty
+from serving.families import BY_NAME, SECONDS, SHORT_SECONDS, Numbers, add, empty, spread, spread_number
 from serving.tally import Tally
 
 ROUTES = frozenset({"predict", "infer", "feedback", "grpc_infer", "metadata", "health", "repository", "page"})
@@ -90,21 +89,21 @@ class Metrics:
         """
         lane = self._lanes.get((workload, version)) or self._lane(workload, version)
         count = len(seconds)
-        _spread_number(lane.rows, rows)
-        _spread_number(lane.requests, count)
-        _spread(lane.runs, SHORT_SECONDS, (run,))
+        spread_number(lane.rows, rows)
+        spread_number(lane.requests, count)
+        spread(lane.runs, SHORT_SECONDS, (run,))
         if count and routes.count(routes[0]) == count:
             held = lane.routes.get(routes[0]) or self._of_lane(lane, routes[0], workload, version)
-            _spread(held, SECONDS, seconds)
+            spread(held, SECONDS, seconds)
         else:
             last = ""
             for route, taken in zip(routes, seconds, strict=True):
                 if route is not last:
                     held = lane.routes.get(route) or self._of_lane(lane, route, workload, version)
                     last = route
-                _spread(held, SECONDS, (taken,))
+                spread(held, SECONDS, (taken,))
         if waits:
-            _spread(lane.waits, SHORT_SECONDS, waits)
+            spread(lane.waits, SHORT_SECONDS, waits)
 
     def answered(self, route: str, workload: str, version: int, status: int, seconds: float, rows: int = 0) -> None:
         """Count one answer that no batch counts.
@@ -113,8 +112,7 @@ class Metrics:
         `feedback` the labels taken.
         """
         held = self._answers.get((route, workload, version, status)) or self._answer(route, workload, version, status)
-        held[bisect_left(SECONDS, seconds)] += 1
-        held[-1] += seconds
+        spread(held, SECONDS, (seconds,))
         if rows and route == "feedback":
             self._add("noria_labels_total", (self._known(workload),), rows)
         elif rows and version:
@@ -275,26 +273,7 @@ class Metrics:
         held = self._numbers[name].get(labels)
         if held is None:
             held = self._numbers[name].setdefault(labels, [0.0] * family.width)
-        held[bisect_left(family.bounds, value)] += 1
-        held[-1] += value
-
-
-def _spread(held: list[float], bounds: Sequence[float], values: Sequence[float]) -> None:
-    """Count values, one at least, in their buckets: those of one batch mostly lie in the same."""
-    count, total = len(values), sum(values)
-    low = bisect_left(bounds, min(values))
-    if count == 1 or low == bisect_left(bounds, max(values)):
-        held[low] += count
-    else:
-        for value in values:
-            held[bisect_left(bounds, value)] += 1
-    held[-1] += total
-
-
-def _spread_number(held: list[float], number: int) -> None:
-    """Count a number of things; its buckets are powers of two."""
-    held[(number - 1).bit_length() if 0 < number <= MOST else -2 if number else 0] += 1
-    held[-1] += number
+        spread(held, family.bounds, (value,))
 
 
 def _provider(name: str) -> str:
