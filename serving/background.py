@@ -51,7 +51,12 @@ def run(settings: Settings, mlflow_url: str, stop: threading.Event, ended: threa
 def _drain(drain: Drain, stop: threading.Event) -> None:
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of this thread alone
-    repeat(lambda: DRAIN_SECONDS if drain.step() < MANY_ROWS else GATHER_SECONDS, None, stop)
+    repeat(lambda: paced(drain), None, stop)
+
+
+def paced(drain: Drain) -> float:
+    """Step once; returns the seconds until the next step."""
+    return DRAIN_SECONDS if drain.step() < MANY_ROWS else GATHER_SECONDS
 
 
 def _drain_rest(drain: Drain) -> None:

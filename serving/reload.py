@@ -25,7 +25,7 @@ import psutil
 from noria.errors import ServiceError
 from noria.runtime import Providers, require
 from noria.settings import Settings
-from noria.variables import export
+from noria.variables import export, variables
 from serving import tally
 from serving.config import Config
 from serving.configure import configure
@@ -42,7 +42,8 @@ FIRST_SECONDS = 10.0
 """How long the first workers may have the machine for themselves: one that cannot load must not keep the rest away."""
 
 ALLOCATOR = {"_RJEM_MALLOC_CONF": "narenas:1,dirty_decay_ms:200,muzzy_decay_ms:0"}
-"""Of the jemalloc in deltalake, which would keep what each of its threads once needed: 40 MB after 200 appends."""
+"""Of the jemalloc in deltalake, which would keep what each of its threads once needed: 40 MB after 200 appends. Not
+touched where it is set already."""
 
 Step = tuple[Callable[[], object], float]
 """What is repeated, and every how many seconds."""
@@ -129,7 +130,7 @@ class Background:
 
     def _run(self) -> None:
         self.may_import.wait(FIRST_SECONDS)
-        export(**ALLOCATOR)
+        export(**{name: value for name, value in ALLOCATOR.items() if not variables(name)})
         importlib.import_module("serving.background").run(self.settings, self.mlflow_url, self.stop, self.ended)
 
 

@@ -14,6 +14,7 @@ import pytest
 from noria.lake import Lake
 from noria.records import Window
 from registry.bundle import write
+from serving import background
 from serving import drain as drain_module
 from serving.capture import Log
 from serving.drain import Drain
@@ -109,6 +110,17 @@ def test_many_segments_versions_and_workloads(place, model, trips_schema):
     assert sorted(rows.column("prediction_id").to_pylist()) == sorted(ids)
     assert sorted(set(rows.column("version").to_pylist())) == [1, 2]
     assert Lake(place[1], "buses", trips_schema).predictions(EVER).column("prediction_id").to_pylist() == other
+
+
+def test_the_drain_gathers_where_there_is_much(place, model):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    put(log, model)
+    log.rotate()
+    assert background.paced(drain) == background.DRAIN_SECONDS
+    put(log, model, RECORDS * 250)
+    log.rotate()
+    assert background.paced(drain) == background.GATHER_SECONDS
+    assert background.paced(drain) == background.DRAIN_SECONDS  # nothing came
 
 
 def test_a_parent_killed_before_it_cleaned_up_does_not_append_twice(place, model, trips_schema, tmp_path):
