@@ -100,8 +100,8 @@ class Service:
         work.add_done_callback(lambda future: self._inflated(request, future.result(), reply))
         return None
 
-    def _inflated(self, request: Request, body: bytes | Refusal, reply: Callable[[Answer], None]) -> Call | None:
-        if isinstance(body, Refusal):
+    def _inflated(self, request: Request, body: bytes | Answer, reply: Callable[[Answer], None]) -> Call | None:
+        if isinstance(body, Answer):
             self._refuse(request, body, reply)
             return None
         request.body = body
@@ -117,12 +117,12 @@ class Service:
             self.batcher.submit(call)
             return call
         except Refusal as refusal:
-            self._refuse(request, refusal, reply)
+            self._refuse(request, refused(refusal), reply)
             return None
 
-    def _refuse(self, request: Request, refusal: Refusal, reply: Callable[[Answer], None]) -> None:
-        self.metrics.answered(request.route, request.workload, 0, refusal.status, 0.0)
-        reply(refused(refusal))
+    def _refuse(self, request: Request, answer: Answer, reply: Callable[[Answer], None]) -> None:
+        self.metrics.answered(request.route, request.workload, 0, answer.status, 0.0)
+        reply(answer)
 
     def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> str:
         """The name of the key of a request that may go on; `path` is decoded, `client` an IP address.
@@ -265,13 +265,13 @@ def too_large(limits: Limits) -> Refusal:
     return Refusal(413, f"The body is larger than {limits.body_bytes:,} bytes; send fewer records in a request.")
 
 
-def _inflate(body: bytes, encoding: bytes, limits: Limits) -> bytes | Refusal:
-    """As `inflate`, with a refusal returned: in a future it would be kept, with the frames that it went through and all
-    that was inflated in them, until the garbage collector comes by."""
+def _inflate(body: bytes, encoding: bytes, limits: Limits) -> bytes | Answer:
+    """The body, or its refusal as an answer: an exception in a future would be kept, with the frames that it went
+    through and all that was inflated in them, until the garbage collector comes by."""
     try:
         return inflate(body, encoding, limits)
     except Refusal as refusal:
-        return refusal.with_traceback(None)
+        return refused(refusal)
 
 
 def _kind(headers: Mapping[bytes, bytes]) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import random
 import re
 import socket
 import threading
@@ -209,6 +211,44 @@ def test_one_connection_carries_many_requests(running):
     assert statuses(received) == [200] * 3
     assert versions(received) == [1, 1, 1]
     assert b"connection: close" not in received
+
+
+MANY = orjson.dumps([RECORD] * 400)
+DEFLATED = "content-encoding: deflate\r\n"
+HOT = {
+    "predict": post(),
+    "infer": post(b'{"inputs":[]}', "/v2/models/trips/infer"),
+    "no JSON": post(b"{"),
+    "not the schema": post(b'[{"zone": "x"}]'),
+    "compressed": post(zlib.compress(BODY), headers=DEFLATED),
+    "compressed, in a thread": post(zlib.compress(MANY, 0), headers=DEFLATED),
+    "a bomb": post(zlib.compress(bytes(500_000)), headers=DEFLATED),
+    "a bomb, in a thread": post(zlib.compress(bytes(random.Random(1).choices(b"abcd", k=450_000))), headers=DEFLATED),
+    "damaged, in a thread": post(zlib.compress(MANY, 0)[:20_000] + bytes(9_000), headers=DEFLATED),
+    "unknown feedback": post(b'[{"id": "a", "label": 1}]', "/feedback/trips"),
+}
+
+
+@pytest.mark.parametrize("kind", HOT)
+def test_a_hot_request_leaves_no_circle_behind(running, kind):
+    """What only the garbage collector undoes would hold bodies until it comes by."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as client:
+
+        def ask():
+            client.sendall(HOT[kind])
+            received = b""
+            while not statuses(received) or not whole(received):
+                received += client.recv(65536)
+
+        ask()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                ask()
+            assert gc.collect() < 20
+        finally:
+            gc.enable()
 
 
 def test_pipelined_requests_are_answered_in_order(running):
