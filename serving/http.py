@@ -58,6 +58,7 @@ class Protocol(HttpToolsProtocol):
             self._release(exchange)
             if exchange.call is not None:
                 exchange.call.gone = True
+                exchange.call = None
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -186,7 +187,9 @@ class Protocol(HttpToolsProtocol):
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             exchange.pieces = pieces = []  # one copy of a large body is enough
             request = Request(route.name, route.workload, body, exchange.headers, route.version)
-            exchange.call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
+            call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
+            if not exchange.response_complete:  # else they would hold each other for ever
+                exchange.call = call
 
     def on_response_complete(self) -> None:
         """An ASGI answer has been sent."""
@@ -211,10 +214,10 @@ class Protocol(HttpToolsProtocol):
 
     def _answer(self, exchange: Exchange, answer: Answer) -> None:
         self._release(exchange)
+        exchange.call = None  # it holds what answers this exchange: a circle that only the collector would undo
         if exchange.disconnected or exchange.response_complete or self.transport.is_closing():
             return
         exchange.response_complete = True
-        exchange.call = None  # it holds what answers this exchange: a circle that only the collector would undo
         keep = exchange.keep_alive
         self._write(answer, keep)
         if self.notes is not None:

@@ -211,7 +211,10 @@ def _handler(service: Service, name: str, method: Callable[[Any, Caller], Awaita
             await gate.wait()
         if status == 200:
             return answer.body
-        return bytes(await context.abort(code, sentence[:600].encode("utf-8", "replace").decode()))
+        # Not `abort`: the call would keep what that raises, which keeps this frame and its message, and so the call.
+        context.set_code(code)
+        context.set_details(sentence[:600].encode("utf-8", "replace").decode())
+        return b""
 
     return grpc.unary_unary_rpc_method_handler(handle)
 

@@ -209,6 +209,19 @@ def test_messages_that_are_too_large(server, client, good):
     assert grown < 16 * MIB
 
 
+def test_a_refused_call_is_let_go(server, client, good):
+    """A hundred messages of a megabyte, one after the other, that do not fit the model."""
+    (worker,) = server.workers()
+    wrong = np.zeros((1, MIB // 5))
+    assert code(ask, client, "steady", wrong, good) == "INVALID_ARGUMENT"
+    before = psutil.Process(worker).memory_info().rss
+    for _ in range(100):
+        assert code(ask, client, "steady", wrong, good) == "INVALID_ARGUMENT"
+    grown = psutil.Process(worker).memory_info().rss - before
+    say(f"grew by {grown / MIB:.1f} MiB")
+    assert grown < 16 * MIB
+
+
 @pytest.mark.parametrize(
     ("names", "sizes"),
     [("x", [12, 12]), ("xz", [12]), ("x", [11]), ("x", [13]), ("x", [0]), ("xx", [12, 12]), ("", [12])],

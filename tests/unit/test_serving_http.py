@@ -23,6 +23,7 @@ from noria.settings import load_settings
 from registry.bundle import write
 from serving import keys, rpc
 from serving.app import App
+from serving.batch import Call
 from serving.capture import Log
 from serving.config import Config
 from serving.connections import sweep
@@ -219,6 +220,7 @@ HOT = {
     "predict": post(),
     "infer": post(b'{"inputs":[]}', "/v2/models/trips/infer"),
     "no JSON": post(b"{"),
+    "unknown": post(path="/v2/models/nobody/infer"),
     "not the schema": post(b'[{"zone": "x"}]'),
     "compressed": post(zlib.compress(BODY), headers=DEFLATED),
     "compressed, in a thread": post(zlib.compress(MANY, 0), headers=DEFLATED),
@@ -368,6 +370,28 @@ def test_a_client_that_left_is_dropped_and_its_mates_are_answered(running):
     assert statuses(talk(running, post())) == [200]
     time.sleep(0.1)  # the log follows the answer
     assert running.service.log.pending()["trips"][0] == before + 1
+
+
+def test_the_request_of_a_client_that_left_is_let_go(running):
+    talk(running, post())
+    batcher = running.service.batcher
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            batcher.lanes["trips"].seconds = dict.fromkeys(range(64), 1.0)  # such a model is run in the thread
+            go_on = threading.Event()
+            batcher._thread.submit(go_on.wait, 5)
+            with socket.create_connection(("127.0.0.1", running.port)) as client:
+                client.sendall(post())
+                time.sleep(0.1)
+            time.sleep(0.1)
+            go_on.set()
+            time.sleep(0.1)
+        talk(running, post())
+        assert sum(isinstance(held, Call) for held in gc.get_objects()) <= 1
+    finally:
+        gc.enable()
 
 
 def test_a_server_that_ends_answers_what_is_asked_meanwhile(running):
