@@ -164,7 +164,8 @@ class Worker:
     def describe(self) -> dict[str, object]:
         """What a person wants to know of it."""
         phase = self.phase if self._retired is None else "leaving"
-        loaded = {"seconds": round(self.seconds, 3), "memory_mb": self.memory_mb}
+        loading = "{} version {}".format(*self._loading) if self._loading else ""
+        loaded = {"loading": loading, "seconds": round(self.seconds, 3), "memory_mb": self.memory_mb}
         return {"pid": self.pid, "generation": self.generation, "phase": phase, "drained": self.drained, **loaded}
 
     def look(self) -> None:

@@ -111,9 +111,9 @@ class Server:
         (worker,) = self.workers()
         return worker
 
-    def workers(self, phase="accepting"):
+    def workers(self, phase="accepting", loading=""):
         described = orjson.loads((self.home / "serving" / "workers.json").read_bytes())
-        found = [worker["pid"] for worker in described if worker["phase"] == phase]
+        found = [one["pid"] for one in described if (one["phase"], one["loading"]) == (phase, loading)]
         return [process for process in psutil.process_iter() if process.pid in found]
 
     def log(self):
@@ -469,8 +469,9 @@ def test_a_version_that_does_harm_while_it_loads_meets_no_request(
     with Load(server.url, clients=2) as load:
         registered.move("trips", "champion", harmful.number)
         if signal_number:
-            wait(lambda: [one for one in server.workers("loading") if one.cpu_times().user > 0.5], 20, "it loads")
-            for worker in server.workers("loading"):
+            named = f"trips version {harmful.number}"
+            wait(lambda: server.workers("loading", named), 20, "it loads")
+            for worker in server.workers("loading", named):
                 worker.send_signal(signal_number)
         wait(lambda: "noria.serving" in registered.get("trips", harmful.number).tags, 30, server.log()[-3000:])
         load.wait_for(20)
@@ -538,7 +539,7 @@ def test_one_workload_that_hangs_does_not_hold_up_another(server, registered, ma
     with registered.run("buses", "hangs") as run:
         registered.register(run, make_contents(model=bad(trips_graph, *endless()), facts=other))
     registered.move("buses", "champion", 1)
-    wait(lambda: server.workers("loading"), 10)
+    wait(lambda: server.workers("loading", "buses version 1"), 10)
     registered.move("trips", "champion", 2)
     took = wait(lambda: server.version() == 2, 20)
     assert took < 7, "it waited for the one that hangs"
