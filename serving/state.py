@@ -5,7 +5,7 @@
     state/<workload>.json         by the fleet          which version answers
     failed/<workload>.json        by the fleet          the last version that was refused, until another one answers
     swaps.json                    by the fleet          how many versions were served and refused, by workload
-    workers.json                  by the fleet          which processes there are: pid, generation, phase, memory
+    workers.json                  by the fleet          processes: pid, generation, phase, what it loads, memory
 
 Files are written aside and renamed, so a reader never sees half of one. Not here: any decision.
 """
