@@ -1,7 +1,7 @@
 """The environment: the only file that reads and changes it by itself, with the standard library alone.
 
-A worker imports this and not the settings, whose library takes a fifth of its start. Not here: what the variables mean
-(`noria.settings`).
+A worker imports this and not the settings, whose library would be a quarter of its imports. Not here: what the
+variables mean (`noria.settings`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ import shutil
 import signal
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from noria.errors import BundleError
 from serving import shadow_state
 from serving.drain import Ready
 from serving.entries import FLAGS
-from serving.families import SHORT_SECONDS
+from serving.families import SHORT_SECONDS, spread
 from serving.feed import Feed
 from serving.model import Model, load
 from serving.segment import read
@@ -164,9 +163,8 @@ class Shadow:
 
 def _counted(runs: Sequence[float], seconds: Sequence[float]) -> list[float]:
     held = list(runs) or [0.0] * (len(SHORT_SECONDS) + 2)
-    for taken in seconds:
-        held[bisect_left(SHORT_SECONDS, taken)] += 1
-        held[-1] += taken
+    if seconds:
+        spread(held, SHORT_SECONDS, seconds)
     return held
 
 
