@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +60,30 @@ def connect(address: str | None = None, cpus: int = 2) -> None:
     if address:
         try:
             _knock(address)
-            ray.init(address=address, **quiet)
+            with _signals_kept():
+                ray.init(address=address, **quiet)
         except (OSError, ValueError) as error:
             raise TrainingError(
                 f"No Ray answers at {address} ({error}); start it or correct NORIA_RAY_ADDRESS."
             ) from None
         return
     try:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        with _signals_kept():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as error:  # Ray raises bare ones here, for example after 30 s on a machine that is busy
         ray.shutdown()
         raise TrainingError(f"Ray did not start on this machine ({error}); try again when it is less busy.") from error
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """SIGTERM stays whose it was: once Ray has it, a flow run that is cancelled is called crashed by Prefect."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _knock(address: str) -> None:

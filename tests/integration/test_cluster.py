@@ -75,9 +75,9 @@ class Cluster:
 
         return wait(ready, 240, lambda: self.log()[-5000:])
 
-    def stop(self):
+    def stop(self, by=signal.SIGTERM):
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(by)
             self.process.wait(90)
         return self.process.returncode
 
@@ -268,7 +268,7 @@ def test_a_killed_replica_costs_its_own_requests_at_most_and_no_logged_row(champ
     assert max(Counter(champion.logged(trips_schema)).values()) == 1
 
 
-def test_control_c_ends_everything_and_drains_the_log(champion, trips_schema):
+def test_being_stopped_ends_everything_and_drains_the_log(champion, trips_schema):
     """The last of this module that uses the cluster."""
     with Load(champion.url) as load:
         load.wait_for(50)
@@ -299,4 +299,4 @@ def test_haproxy_in_front_is_closed_and_fails_no_request_when_the_alias_moves(re
         assert load.failures == []
         for _, version, found in load.answers:
             assert {score for _, score in found} == {SCORES[version]}
-        assert cluster.stop() == 0, cluster.log()[-3000:]
+        assert cluster.stop(signal.SIGINT) == 0, cluster.log()[-3000:]

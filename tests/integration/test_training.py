@@ -1,5 +1,6 @@
 """Training on a real local Ray: the whole fit, seeds, several workers, a killed worker, batch scores."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -174,6 +175,16 @@ def test_the_local_ray_listens_on_loopback_only() -> None:
     ]
     assert listening
     assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_sigterm_stays_whose_it_was() -> None:
+    launch.disconnect()
+    before = signal.signal(signal.SIGTERM, own := lambda *_: None)
+    try:
+        launch.connect()
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_ray_at_an_address_is_said() -> None:
