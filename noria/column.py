@@ -13,6 +13,7 @@ Not here: how columns form a record (`noria.schema`), what they mean to a model 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -54,6 +55,8 @@ LARGEST_NUMBER = 3e38
 EARLIEST, LATEST = -62_135_596_800, 253_402_300_799
 """Epoch seconds of the years 1 to 9999: the times that Arrow, Delta Lake and Python can all hold."""
 EPOCH, SECOND = datetime(1970, 1, 1), timedelta(seconds=1)
+SECONDS = re.compile(r"(?:[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})*")
+"""Times to the second, one after another; of them NumPy and Python think alike."""
 FORMS = {
     "number": "a number",
     "integer": "a whole number",
@@ -132,6 +135,8 @@ def parse_column(column: Column, values: Sequence[Any]) -> np.ndarray | None:
         if column.kind == "number":
             return _numbers(np.array(values, np.float64), gaps) if kinds <= {int, float} else None
         if column.kind == "timestamp" and kinds == {str} and not gaps:
+            if set(map(len, values)) == {19} and SECONDS.fullmatch("".join(values)):
+                return np.array(values, "datetime64[s]").astype(np.int64)
             moments = [datetime.fromisoformat(value) for value in values]
             if any(moment.tzinfo for moment in moments):
                 return None

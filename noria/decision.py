@@ -39,11 +39,13 @@ class Bands:
 
     def actions(self, scores: np.ndarray) -> list[str | None]:
         """The action of each score; `scores` has shape [n]."""
+        if not self.bands:
+            return [self.otherwise] * len(scores)
         chosen = np.full(len(scores), len(self.bands))
         for index in range(len(self.bands) - 1, -1, -1):
             chosen[scores > self.bands[index].above] = index
         names = [*(band.action for band in self.bands), self.otherwise]
-        return [names[index] for index in chosen]
+        return [names[index] for index in chosen.tolist()]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data; `from_json` reads it back equal."""

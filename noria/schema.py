@@ -8,7 +8,9 @@ Not here: what the columns mean to a model (`training.preprocess`) and cleaning 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,8 @@ class Schema:
         """
         if not records:
             raise SchemaError("There are no records; send at least one.")
+        if len(records) > FEW and (quick := self._parse_many(records)) is not None:
+            return quick
         known = {*self.names, self.event_time}
         for row, record in enumerate(records):
             if not isinstance(record, dict):
@@ -153,7 +157,7 @@ class Schema:
                 raise SchemaError(
                     f"Row {row} has the unknown field '{name}'; known are: {', '.join(self.names)}.", str(name), row
                 )
-        return (self._parse_many(records) if len(records) > FEW else None) or {
+        return {
             column.name: np.array(
                 [parse_value(column, record.get(column.name), row) for row, record in enumerate(records)],
                 dtype=NUMPY[column.kind],
@@ -161,11 +165,14 @@ class Schema:
             for column in self.columns
         }
 
-    def _parse_many(self, records: Sequence[dict[str, Any]]) -> Tensors | None:
+    def _parse_many(self, records: Sequence[Any]) -> Tensors | None:
         """A column at a time. None where something is unusual: value by value gives the sentence with the value."""
+        fields = self._fields(records)
+        if fields is None:
+            return None
         tensors: Tensors = {}
         for column in self.columns:
-            tensor = parse_column(column, [record.get(column.name) for record in records])
+            tensor = parse_column(column, fields.get(column.name) or [None] * len(records))
             if tensor is None:
                 return None
             tensors[column.name] = tensor
@@ -175,25 +182,36 @@ class Schema:
             return None
         return tensors
 
+    def _fields(self, records: Sequence[Any]) -> dict[str, Sequence[Any]] | None:
+        """The records' values by field; None where one is no object or has an unknown field."""
+        first, known = records[0], {*self.names, self.event_time}
+        if set(map(type, records)) != {dict} or not known.issuperset(first):
+            return None
+        if first and set(map(len, records)) == {len(first)}:
+            # What has all fields of the first has no others. One name is given twice: a single one would give no tuple.
+            values = itemgetter(*first, next(iter(first)))
+            with suppress(KeyError):
+                return dict(zip(first, zip(*map(values, records), strict=True), strict=False))
+        if not all(map(known.issuperset, records)):
+            return None
+        return {name: [record.get(name) for record in records] for name in self.names}
+
     def check(self, tensors: Mapping[str, np.ndarray]) -> None:
         """The same rules for tensors that arrive as such. Raises SchemaError naming the first field and row."""
         for column in self.columns:
             values = tensors[column.name]
-            if column.kind in ("string", "text"):
-                missing = values == ""
-            elif column.kind == "number":
-                missing = np.isnan(values)
+            if column.kind == "number":
                 refuse(column, np.isinf(values), "is not finite")
-            else:
-                missing = values == MISSING_INTEGER
-            if column.kind == "timestamp":
-                refuse(column, ~missing & ((values < EARLIEST) | (values > LATEST)), "is outside the years 1 to 9999")
             if column.required:
-                refuse(column, missing, "is missing, and the column is required")
+                refuse(column, _missing(column, values), "is missing, and the column is required")
+            if column.kind == "timestamp":
+                outside = (values < EARLIEST) | (values > LATEST)
+                refuse(column, outside & ~_missing(column, values), "is outside the years 1 to 9999")
             if column.low is not None:
-                refuse(column, ~missing & (values < column.low), f"is below {column.low:g}, the least accepted")
+                below = (values < column.low) & ~_missing(column, values)
+                refuse(column, below, f"is below {column.low:g}, the least accepted")
             if column.high is not None:
-                refuse(column, ~missing & (values > column.high), f"is above {column.high:g}, the most accepted")
+                refuse(column, values > column.high, f"is above {column.high:g}, the most accepted")
 
     def example(self) -> dict[str, Any]:
         """One valid record, from the columns' examples."""
@@ -211,3 +229,10 @@ class Schema:
     def from_json(cls, data: Mapping[str, Any]) -> Schema:
         """The schema that `to_json` wrote."""
         return cls(tuple(Column(**column) for column in data["columns"]), data["event_time"], data["target"])
+
+
+def _missing(column: Column, values: np.ndarray) -> np.ndarray:
+    """Which values [n] are missing."""
+    if column.kind in ("string", "text"):
+        return np.asarray(values == "")
+    return np.isnan(values) if column.kind == "number" else np.asarray(values == MISSING_INTEGER)

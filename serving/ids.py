@@ -22,6 +22,8 @@ from typing import overload
 MOST_ROWS = 0xFFFF
 """Rows that the ids of one batch can tell apart."""
 MAC_BITS = 28
+DIGITS = [f"{row:04x}" for row in range(1024)]
+"""Of the first rows of a batch, made once."""
 WORKERS = 4096
 """Worker numbers are taken modulo this; two workers that live at once must not share one."""
 
@@ -88,8 +90,10 @@ class Range(Sequence[str]):
         return f"{self.head}{self.rows[index]:04x}{self.mac}"
 
     def __iter__(self) -> Iterator[str]:
-        head, mac = self.head, self.mac
-        return iter([f"{head}{row:04x}{mac}" for row in self.rows])
+        head, mac, rows = self.head, self.mac, self.rows
+        if rows.stop <= len(DIGITS):
+            return iter([head + digits + mac for digits in DIGITS[rows.start : rows.stop : rows.step]])
+        return iter([f"{head}{row:04x}{mac}" for row in rows])
 
 
 def at_row(base: int, row: int) -> int:

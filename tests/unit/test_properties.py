@@ -5,6 +5,7 @@ import math
 from datetime import UTC, datetime
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,9 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 TIMES = st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1), timezones=st.just(UTC))
+
+TEXTS = st.datetimes().map(lambda moment: moment.isoformat(timespec="seconds"))
+"""Times as clients write them."""
 
 
 @st.composite
@@ -63,6 +67,25 @@ def filled(draw):
     return schema, draw(st.lists(record, min_size=1, max_size=5))
 
 
+@st.composite
+def many(draw):
+    """A schema, and as many records as are read a column at a time, all alike but for one field of one of them."""
+    schema = draw(schemas())
+    good = {column.name: VALUES[column.kind] for column in schema.columns}
+    good |= {column.name: TEXTS for column in schema.columns if column.kind == "timestamp"}
+    good |= {column.name: st.just(1) for column in schema.columns if column.low is not None or column.high is not None}
+    fields = draw(st.sets(st.sampled_from(schema.names)))
+    record = st.fixed_dictionaries({name: good[name] for name in schema.names if name in fields})
+    records = draw(st.lists(record, min_size=9, max_size=12))
+    odd, field = draw(st.sampled_from(records)), draw(st.sampled_from([*schema.names, *schema.names, "at", "other"]))
+    kind = draw(st.sampled_from(("same", "dropped", "changed")))
+    if kind == "dropped":
+        odd.pop(field, None)
+    elif kind == "changed":
+        odd[field] = draw(st.sampled_from((None, MISSING_INTEGER, -11, 11, 1e300)) | ANYTHING)
+    return schema, records
+
+
 @given(filled())
 def test_records_tensors_table_and_back(case):
     schema, records = case
@@ -74,6 +97,21 @@ def test_records_tensors_table_and_back(case):
         assert tensors[name].dtype == again[name].dtype
         np.testing.assert_array_equal(tensors[name], again[name])
     assert schema.conform(table.append_column("at", [[0] * len(records)])).num_rows == len(records)
+
+
+@given(many())
+@settings(max_examples=300)
+def test_many_records_are_what_each_is_alone(case):
+    schema, records = case
+    try:
+        alone = [schema.parse([record]) for record in records]
+    except SchemaError:
+        with pytest.raises(SchemaError):
+            schema.parse(records)
+        return
+    together = schema.parse(records)
+    for name in schema.names:
+        np.testing.assert_array_equal(together[name], np.concatenate([tensors[name] for tensors in alone]))
 
 
 @given(filled())

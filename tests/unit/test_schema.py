@@ -81,6 +81,33 @@ def test_times_round_down_everywhere():
     assert one.tensors(table)["at"].tolist() == [-1]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "2020-02-30T00:00:00", "2019-02-29T12:00:00", "2020-13-01T00:00:00", "2020-01-01T24:00:00",
+        "2020-01-01T23:59:60", "0000-01-01T00:00:00", "1969-12-31T23:59:59", "1969-12-31T23:59:59.5",
+        "2020-01-01 00:00:00", "2020-01-01", "20200101T000000", "2020-01-01T00:00:00Z", "2020-W01-1T00:00:00",
+        "\u0662020-01-01T00:00:00", "2020-01-01T00:00+01:00", "-020-01-01T00:00:00", "NaT", "now", "", "2020-01",
+        12, -10**12, None,
+    ],
+)  # fmt: skip
+def test_an_odd_time_among_many_is_what_it_is_alone(odd):
+    one = Schema((Column("at", "timestamp"),), event_time="at", target="y")
+    records = [{"at": "2020-03-15T08:30:00"}] * 9 + [{"at": odd}]
+    try:
+        alone = one.parse([{"at": odd}])["at"].tolist()
+    except SchemaError:
+        with pytest.raises(SchemaError, match="Row 9"):
+            one.parse(records)
+        return
+    assert one.parse(records)["at"].tolist() == [1584261000] * 9 + alone
+
+
+def test_an_unknown_field_of_all_is_unknown():
+    with pytest.raises(SchemaError, match="Row 0 has the unknown field 'speed'"):
+        SCHEMA.parse([{**FULL, "speed": 1}] * 20)
+
+
 def test_a_zone_in_the_text_counts():
     assert (
         parse_time("2020-03-15T08:30:00+02:00")

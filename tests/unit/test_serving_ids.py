@@ -56,6 +56,9 @@ def test_a_changed_digit_is_noticed(place, digit):
 def test_the_largest_batch():
     names = expand(Ids(KEY, 1).base("trips", MOST_ROWS), MOST_ROWS)
     assert len(set(names)) == MOST_ROWS
+    assert list(names) == [names[row] for row in range(MOST_ROWS)]
+    assert [*names[1022:1024], *names[1024:1027:2]] == [names[row] for row in (1022, 1023, 1024, 1026)]
+    assert list(names[:9:4]) == [names[0], names[4], names[8]]
     assert Ids(KEY, 9).genuine(names[-1], "trips")
 
 
