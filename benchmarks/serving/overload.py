@@ -22,8 +22,8 @@ from benchmarks.serving.processes import Served, ask, free_port
 from benchmarks.serving.report import Figure, Section
 
 TIMES = 3
-CLOSED = 256
-"""Connections that find the capacity: enough to keep every batch full, fewer than the queue holds."""
+CLOSED = 128
+"""Connections that find the capacity: enough to keep every batch full, too few to be refused on a slow machine."""
 OPEN = 3000
 """Connections of the open loop: more than the queue holds, so that it is the server that refuses."""
 AFTER = 2.0

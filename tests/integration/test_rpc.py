@@ -222,6 +222,30 @@ def test_a_refused_call_is_let_go(server, client, good):
     assert grown < 16 * MIB
 
 
+def test_a_cancelled_call_is_let_go(server):
+    """Messages of 120 kB, which their clients leave before and after the model has run."""
+    (worker,) = server.workers()
+    count = 10_000
+    request = MESSAGES["ModelInferRequest"](model_name="steady", raw_input_contents=[bytes(count * 12)])
+    request.inputs.add(name="x", datatype="FP32", shape=[count, 3])
+    message, headers = request.SerializeToString(), tuple(server.headers["predict"].items())
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary(SERVICE + "ModelInfer")
+
+        def leave(times):
+            for number in range(times):
+                asked = call.future(message, metadata=headers)
+                time.sleep(number % 10 / 1000)
+                asked.cancel()
+            time.sleep(0.5)
+            return psutil.Process(worker).memory_info().rss
+
+        before = leave(100)
+        grown = leave(500) - before
+    say(f"grew by {grown / MIB:.1f} MiB")
+    assert grown < 16 * MIB
+
+
 @pytest.mark.parametrize(
     ("names", "sizes"),
     [("x", [12, 12]), ("xz", [12]), ("x", [11]), ("x", [13]), ("x", [0]), ("xx", [12, 12]), ("", [12])],
