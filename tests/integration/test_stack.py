@@ -141,7 +141,8 @@ def test_one_retrain_at_a_time_and_it_ends_when_cancelled(finished_loop, prefect
     assert prefect.state(first)["type"] == "RUNNING", "the one under way goes on"
 
     # Once it trains: Ray brings a handler of SIGTERM, which must not take the place of Prefect's.
-    run = wait(lambda: driver(site), what="a run that is connected to Ray")
+    wait(lambda: trains(site), what="Ray's controller of a training")
+    run = driver(site)
     relay = int(str(prefect.get(f"flow_runs/{first}")["infrastructure_pid"]).rsplit(":", 1)[-1])
     family = [psutil.Process(relay), run, *run.children(recursive=True)]
     prefect.send(f"flow_runs/{first}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
@@ -151,13 +152,27 @@ def test_one_retrain_at_a_time_and_it_ends_when_cancelled(finished_loop, prefect
     assert store.notes("ferry")["noria.retrain"]["verdict"] in ("failed", None)
 
 
+def trains(site):
+    """Whether the stack's Ray trains."""
+    ray = psutil.Process(read_state(site.settings.root)["services"]["ray"]["pid"])
+    return [one for one in ray.children(recursive=True) if "TrainController" in " ".join(arguments(one))]
+
+
+def arguments(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def driver(site):
-    """The process of a flow run, forked by the warm engine, that is connected to Ray; None while there is none."""
+    """The process of a flow run, forked by the warm engine, that is connected to Ray."""
     ray = int(site.address("ray_address").rpartition(":")[2])
-    for process in psutil.Process(read_state(site.settings.root)["services"]["engine"]["pid"]).children():
-        if any(connection.raddr and connection.raddr.port == ray for connection in process.net_connections("tcp")):
-            return process
-    return None
+    engine = psutil.Process(read_state(site.settings.root)["services"]["engine"]["pid"])
+    (found,) = [
+        one for one in engine.children() if ray in [at.raddr.port for at in one.net_connections("tcp") if at.raddr]
+    ]
+    return found
 
 
 def test_a_retrain_that_nobody_disturbs_completes_after_all_that(finished_loop, prefect, store, noria):
