@@ -149,7 +149,8 @@ def test_one_retrain_at_a_time_and_it_ends_when_cancelled(finished_loop, prefect
     assert prefect.until(first, *FINAL)["type"] == "CANCELLED"
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-    assert store.notes("ferry")["noria.retrain"]["verdict"] in ("failed", None)
+    # Failed, or what it had come to before the signal: nothing says any more that one is under way.
+    assert store.notes("ferry")["noria.retrain"]["verdict"] is not None
 
 
 def trains(site):
