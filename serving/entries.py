@@ -72,7 +72,9 @@ def spread(line: dict[str, Any]) -> None:
 def _times(entries: Sequence[Entry]) -> Any:
     if all(isinstance(entry.times, int) for entry in entries):
         return [entry.times for entry in entries]
-    return np.concatenate([np.broadcast_to(np.asarray(entry.times), entry.rows) for entry in entries])
+    return np.concatenate([
+        np.full(entry.rows, entry.times) if isinstance(entry.times, int) else entry.times for entry in entries
+    ])  # fmt: skip
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Any:

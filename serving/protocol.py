@@ -49,6 +49,11 @@ class Predict:
 def parse_json(body: bytes) -> Any:
     """The JSON value of a body. Raises Refusal 400."""
     check_depth(body)
+    return _parse(body)
+
+
+def _parse(body: bytes) -> Any:
+    """The same, however deep it is nested: up to the 1,024 levels that orjson goes."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -80,8 +85,18 @@ def decode_predict(body: bytes, model: Model) -> Predict:
 
 
 def read_records(body: bytes, schema: Schema) -> Rows:
-    """The rows of such a body. Raises Refusal, and SchemaError naming field and row."""
-    content = parse_json(body)
+    """The rows of such a body. Raises Refusal, and SchemaError naming field and row.
+
+    Good records are flat: how deep a body is nested is looked at only where something is wrong with it.
+    """
+    try:
+        return _read_records(_parse(body), schema)
+    except (Refusal, SchemaError, RecursionError):
+        check_depth(body)
+        raise
+
+
+def _read_records(content: Any, schema: Schema) -> Rows:
     if isinstance(content, dict):
         if "records" in content and "records" not in schema.names:
             unknown = sorted(set(content) - {"records"})

@@ -26,6 +26,20 @@ def infer(**columns):
     return orjson.dumps({"inputs": inputs})
 
 
+@pytest.mark.parametrize("depth", [70, 500, 990, 1010, 1030, 100_000])
+@pytest.mark.parametrize(
+    "around",
+    ["%s", '{"records":%s}', '{"distance":%s}', '[{"distance":%s}]', '{"records":[{"pickup":%s}]}', '{"records":[%s]}',
+     '{"records":[],"more":%s}', "[" + '{"distance":1},' * 20 + '{"zone":%s}]'],
+)  # fmt: skip
+def test_what_is_nested_too_deeply_is_refused_for_that_wherever_it_stands(trips_model, around, depth):
+    for opens, closes in ((b"[", b"]"), (b'{"distance":', b"}")):
+        body = around.encode() % (opens * depth + b"1" + closes * depth)
+        with pytest.raises(Refusal, match="nested deeper") as refused:
+            decode_predict(body, trips_model)
+        assert refused.value.status == 400
+
+
 def test_three_ways_to_send_records(trips_model):
     for body in ({"records": [RECORD]}, [RECORD], RECORD):
         rows = decode_predict(orjson.dumps(body), trips_model).rows
