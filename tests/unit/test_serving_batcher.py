@@ -12,7 +12,7 @@ import orjson
 import pytest
 from onnx import TensorProto, helper
 
-from serving import recorder
+from serving import batcher, recorder
 from serving.batch import Call
 from serving.batcher import INLINE_SECONDS, Lane
 from serving.capture import Log
@@ -160,6 +160,7 @@ def test_shapes_that_differ_do_not_meet(service):
 @pytest.mark.parametrize("name", ["double", "wide"], ids=["rows alike", "rows of several widths"])
 def test_runs_of_a_few_milliseconds_are_logged_together_and_in_full(service, name, monkeypatch):
     monkeypatch.setattr(recorder, "FLUSH_SECONDS", 1.0)  # a busy machine takes longer than the usual two milliseconds
+    monkeypatch.setattr(batcher, "INLINE_SECONDS", 60)  # and would run them in the thread, which logs at once
     widths = (2, 2, 2) if name == "double" else (2, 3, 2)
 
     async def ask():
