@@ -13,18 +13,14 @@ from serving.wire import Answer
 STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
+SMALL_PIECE = 4096
+
+
 class Nobody:
     """Stands where uvicorn keeps the event that wakes an ASGI application: nobody waits for a hot request's body."""
 
     def set(self) -> None:
         """Wake nobody."""
-
-
-class Held:
-    """The bodies that a worker holds: begun and not answered."""
-
-    size = 0
-    """Bytes."""
 
 
 class Exchange:
@@ -38,7 +34,7 @@ class Exchange:
     def __init__(self, route: Hot, keep_alive: bool) -> None:
         self.route, self.keep_alive = route, keep_alive
         self.headers: dict[bytes, bytes] = {}
-        self.pieces: list[bytes] = []
+        self.pieces: list[bytes | bytearray] = []
         """Of the body."""
         self.call: Any = None
         self.key = ""
@@ -48,6 +44,22 @@ class Exchange:
         self.response_complete = False
         self.disconnected = False
         self.message_event = Nobody()
+
+    def add(self, piece: bytes) -> None:
+        """Take a piece of the body. Small ones are put together: by itself a piece of two bytes would take forty."""
+        self.size += len(piece)
+        self.held += len(piece)
+        if not self.pieces or len(piece) >= SMALL_PIECE:
+            self.pieces.append(piece)
+        elif isinstance(last := self.pieces[-1], bytearray):
+            last += piece
+        else:
+            self.pieces.append(bytearray(piece))
+
+    def body(self) -> bytes:
+        """The whole body; its pieces are let go, for one copy of a large body is enough."""
+        pieces, self.pieces = self.pieces, []
+        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
 
 
 class Heads:

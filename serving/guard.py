@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from serving.access import ANYBODY, PROBE, Keys, Principal, check_exposure, forbidden, role_of
 from serving.audit import AccessLog, Audit
-from serving.hosts import allowed_hosts, check_host
+from serving.hosts import allowed_hosts, check_host, check_origin
 from serving.limits import Limits
 from serving.rates import Rates
 from serving.wire import Refusal
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a worker builds a guard, and does without the settings' lib
     from noria.settings import Settings
 
 MOST_KNOWN_HOSTS = 64
+LOOKING = ("GET", "HEAD", "OPTIONS")
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,29 @@ class Guard:
         self._allowed = frozenset(protection.hosts)
         self._known: set[bytes] = set()
 
-    def admit(self, method: str, path: str, host: bytes | None, authorization: bytes | None, client: str) -> Principal:
-        """Who asks, when the request may go on. `path` is decoded and without the query, `client` an IP address.
+    def admit(
+        self,
+        method: str,
+        path: str,
+        host: bytes | None,
+        authorization: bytes | None,
+        client: str,
+        *,
+        origin: bytes | None = None,
+    ) -> Principal:
+        """Who asks, when the request may go on. `path` is decoded and without the query, `client` an IP address,
+        `origin` that of the page that makes a browser ask.
 
         Raises:
-            Refusal: 400 or 421 (host), 401, 403 (key), 429 (rate).
-        """
+            Refusal: 400 or 421 (host), 401, 403 (key or origin), 429 (rate).
+        """  # fmt: skip
         try:
-            if host not in self._known:
+            # Probes of HTTP/1.0 name no host (HAProxy's own are such), and learn nothing.
+            if host not in self._known and (host is not None or role_of(method, path) is not None):
                 self._check_host(host)
+            # Where keys are asked for, a page has none; and what it may only look at it cannot read.
+            if origin is not None and not self.keys.on and method not in LOOKING:
+                check_origin(origin, self._allowed)
         except Refusal as refusal:
             self.audit.refused(refusal.status, client, method, path)
             raise

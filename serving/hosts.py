@@ -1,15 +1,17 @@
-"""Which names of this server a request may use: the header `Host` against a list.
+"""Which names of this server a request may use, and which pages may ask: `Host` and `Origin` against a list.
 
 A page that somebody visits can point its own name at 127.0.0.1 once it is loaded (DNS rebinding). The browser then
 takes this server for the page's own and hands over every answer, although it listens on loopback only. What such a
 request cannot hide is the name in `Host`: it is the page's. An address written in digits cannot be rebound, so where
-the server listens on every address of the machine all of those are welcome. Not here: keys, which such a page does
-not have.
+the server listens on every address of the machine all of those are welcome.
+
+A page may also send orders without rebinding anything, if it does not need the answers (cross-site request forgery).
+The browser says then whose page it is in `Origin`. Not here: keys, which such a page does not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from serving.wire import Refusal
 
@@ -57,6 +59,19 @@ def check_host(header: bytes | None, allowed: frozenset[str]) -> None:
     if not host_allowed(header, allowed):
         shown = header[:80].decode("latin-1")
         raise Refusal(421, f"This server does not answer for the host '{shown}'; add it to NORIA_HOSTS if it should.")
+
+
+def origin_of(headers: Mapping[bytes, bytes]) -> bytes | None:
+    """The origin of the page that makes a browser ask; None: no page of another site does."""
+    unnamed = b"null" if headers.get(b"sec-fetch-site") == b"cross-site" else None
+    return headers.get(b"origin", unnamed)
+
+
+def check_origin(origin: bytes, allowed: frozenset[str]) -> None:
+    """Raises Refusal 403 where the page is not one of this server's own names."""
+    if not host_allowed(origin.partition(b"://")[2], allowed):
+        shown = origin[:80].decode("latin-1")
+        raise Refusal(403, f"A page of '{shown}' may not ask this server; add its host to NORIA_HOSTS if it should.")
 
 
 def _bare(name: str) -> str:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from serving.audit import Access, AccessLog
 from serving.connections import LAST_WORDS_SECONDS
-from serving.exchange import Exchange, Heads, Held
+from serving.exchange import Exchange, Heads
+from serving.holding import Held, Holds
+from serving.parsing import Parsing
 from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import RETRY, Answer, Refusal, refused
@@ -25,7 +25,7 @@ SPLIT_BYTES = 64 * 1024
 """A larger answer is written after its head instead of being copied behind it."""
 
 
-class Protocol(HttpToolsProtocol):
+class Protocol(Parsing):
     """One connection."""
 
     service: Service
@@ -48,12 +48,14 @@ class Protocol(HttpToolsProtocol):
         nothing any more."""
         self.header_size = 0
         self.exchange: Exchange | None = None
+        self.holds = Holds(self.held)
         if len(self.connections) > self.limits.connections:
             self._refuse(Refusal(503, f"There are {self.limits.connections} connections; try again in a second."))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left: what it asked for is dropped from its batch."""
         exchange = self.exchange
+        self.holds.end()
         if exchange is not None:
             self._release(exchange)
             if exchange.call is not None:
@@ -71,6 +73,8 @@ class Protocol(HttpToolsProtocol):
     def sweep(self, now: float) -> None:
         """Let go of a connection that takes too long."""
         waited, limits = now - self.since, self.limits
+        if self.holds.unread(self.transport.get_write_buffer_size(), now) > limits.idle_seconds:
+            self.transport.abort()  # closing would wait until everything is read
         if self.transport.is_closing():
             return
         if self.reading == "headers" and waited > limits.header_seconds:
@@ -121,7 +125,12 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The hot routes part from the others."""
-        if self.large_read and self._header_bytes() > self.limits.header_bytes:
+        if self.upgrading:
+            return
+        if twice := self.twice():
+            self._refuse(Refusal(400, f"The header {twice} stands there twice; send it once."))
+            return
+        if self.large_read and self.header_bytes() > self.limits.header_bytes:
             self._refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
             return
         self.reading = "body"
@@ -159,11 +168,12 @@ class Protocol(HttpToolsProtocol):
         if self.reading == "nothing":
             return
         if exchange is None:
+            if not self.cycle.response_complete and self.holds.take(len(body)) > self.limits.held_bytes:
+                self._refuse(FULL)
+                return
             super().on_body(body)
         elif not exchange.response_complete:
-            exchange.pieces.append(body)
-            exchange.size += len(body)
-            exchange.held += len(body)
+            exchange.add(body)
             self.held.size += len(body)
             if exchange.size > self.limits.body_bytes:
                 self._answer(exchange, refused(too_large(self.limits)))
@@ -173,7 +183,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is whole."""
         exchange = self.exchange
-        if self.reading == "nothing":
+        if self.reading == "nothing" or self.upgrading:
             return
         if exchange is None:
             self.reading = "answer"
@@ -183,16 +193,15 @@ class Protocol(HttpToolsProtocol):
         else:
             self.reading = "answer"
             exchange.began = time.perf_counter()
-            route, pieces = exchange.route, exchange.pieces
-            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            exchange.pieces = pieces = []  # one copy of a large body is enough
-            request = Request(route.name, route.workload, body, exchange.headers, route.version)
+            route = exchange.route
+            request = Request(route.name, route.workload, exchange.body(), exchange.headers, route.version)
             call = self.service.accept(request, lambda answer: self._answer(exchange, answer))
             if not exchange.response_complete:  # else they would hold each other for ever
                 exchange.call = call
 
     def on_response_complete(self) -> None:
         """An ASGI answer has been sent."""
+        self.holds.release()
         self._rest()
         super().on_response_complete()
         self._unset_keepalive_if_required()  # `sweep` sees to idle connections
@@ -237,9 +246,6 @@ class Protocol(HttpToolsProtocol):
         """Answer what the parser does not take for HTTP."""
         super().send_400_response(msg)
         self._note_refused(400, len(msg))
-
-    def _header_bytes(self) -> int:
-        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def _rest(self) -> None:
         self.reading = "next"

@@ -27,6 +27,7 @@ from serving.capture import Log
 from serving.config import Config
 from serving.engine import Engine
 from serving.guard import Guard
+from serving.hosts import origin_of
 from serving.ids import Ids
 from serving.limits import Limits, inflate
 from serving.metrics import Metrics
@@ -58,7 +59,7 @@ class Request:
 
 WANTED = frozenset({
     b"content-type", b"content-encoding", b"inference-header-content-length", b"x-request-timeout-ms", b"authorization",
-    b"traceparent", b"host", b"accept", b"x-request-id",
+    b"traceparent", b"host", b"accept", b"x-request-id", b"origin", b"sec-fetch-site",
 })  # fmt: skip
 """Headers that mean something to a hot route."""
 
@@ -133,7 +134,9 @@ class Service:
         if self.guard is None:
             return ""
         try:
-            return self.guard.admit(method, path, headers.get(b"host"), headers.get(b"authorization"), client).name
+            return self.guard.admit(
+                method, path, headers.get(b"host"), headers.get(b"authorization"), client, origin=origin_of(headers)
+            ).name
         except Refusal as refusal:
             self.metrics.refused("", "rate" if refusal.status == 429 else "auth")
             raise

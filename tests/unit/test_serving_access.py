@@ -17,6 +17,7 @@ from noria.settings import load_settings
 from serving import access, keys
 from serving.access import Keys, check_exposure, role_of
 from serving.guard import Guard, Protection, protection
+from serving.hosts import origin_of
 from serving.wire import Refusal
 
 NOW = "2026-01-01T00:00:00+00:00"
@@ -330,6 +331,45 @@ def test_the_guard_refuses_foreign_hosts_before_it_looks_at_keys(tmp_path, path)
         refused(421, guard.admit, "GET", "/status", b"h%d" % number, None, "127.0.0.1")
         guard.admit("GET", "/v2/health/live", b"localhost:%d" % number, None, "127.0.0.1")
     assert len(guard._known) <= 64
+
+
+def test_a_probe_without_a_host_is_answered(tmp_path):
+    guard = guard_of(tmp_path)  # HTTP/1.0 does not ask for one
+    for route in ("/v2/health/live", "/v2/health/ready"):
+        guard.admit("GET", route, None, None, "127.0.0.1")
+        refused(421, guard.admit, "GET", route, b"evil.example.org", None, "127.0.0.1")
+
+
+PAGES = [
+    ({}, True),
+    ({b"origin": b"http://localhost:8080"}, True),
+    ({b"origin": b"https://127.0.0.1"}, True),
+    ({b"origin": b"https://shop.example"}, True),
+    ({b"origin": b"http://localhost:8080", b"sec-fetch-site": b"same-origin"}, True),
+    ({b"sec-fetch-site": b"none"}, True),
+    ({b"origin": b"https://evil.example"}, False),
+    ({b"origin": b"https://localhost.evil.example"}, False),
+    ({b"origin": b"null"}, False),
+    ({b"origin": b""}, False),
+    ({b"sec-fetch-site": b"cross-site"}, False),
+]
+
+
+@pytest.mark.parametrize(("headers", "welcome"), PAGES)
+def test_a_page_of_another_site_gives_no_orders(tmp_path, headers, welcome):
+    guard = guard_of(tmp_path, hosts="shop.example")
+    for path in ("/v2/repository/models/taxi/unload", "/v2/models/taxi/infer", "/predict/taxi", "/feedback/taxi"):
+        ask = ("POST", path, b"localhost", None, "127.0.0.1")
+        if welcome:
+            guard.admit(*ask, origin=origin_of(headers))
+        else:
+            refused(403, guard.admit, *ask, origin=origin_of(headers))
+    guard.admit("GET", "/status", b"localhost", None, "127.0.0.1", origin=origin_of(headers))
+
+
+def test_a_page_with_a_key_is_no_forgery(tmp_path, path):
+    key, guard = keys.add(path, "shop", ["predict"], NOW), guard_of(tmp_path)
+    guard.admit("POST", "/predict/taxi", b"localhost", bearer(key), "127.0.0.1", origin=b"https://app.example")
 
 
 def test_a_configured_file_that_is_missing_lets_nobody_in(tmp_path):

@@ -8,6 +8,7 @@ import gc
 import random
 import re
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -338,6 +339,121 @@ def test_unfinished_bodies_are_bounded_together(running):
         again.settimeout(0.2)
         with pytest.raises(TimeoutError):  # nothing is refused: what the first one held is free again
             again.recv(10)
+
+
+def test_bodies_for_other_routes_are_bounded_too(running):
+    running.service.limits = replace(LIMITS, held_bytes=250_000, body_seconds=20.0)
+    half = post(b"x" * 200_000, "/v2/repository/index")[:150_000]
+    with socket.create_connection(("127.0.0.1", running.port)) as first:
+        first.sendall(half)
+        time.sleep(0.2)
+        assert statuses(talk(running, half)) == [503]
+        assert statuses(talk(running, post())) == [200]
+    small = post(b"{}", "/v2/repository/index")
+    assert statuses(talk(running, *[small] * 5, pause=0.05, until=5)) == [200] * 5
+    time.sleep(0.1)
+    assert held(running) == 0
+
+
+def held(running):
+    """Bytes that all connections hold, as the server counts them."""
+    (connection,) = running.server.server_state.connections or [running.server.config.http_protocol_class]
+    return connection.held.size
+
+
+def test_a_body_in_tiny_chunks_takes_no_more_than_its_bytes(running):
+    chunks = b"2\r\n  \r\n" * 50_000
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(post(chunks, length=False, headers="transfer-encoding: chunked\r\n"))
+        time.sleep(0.5)
+        (connection,) = running.server.server_state.connections
+        assert connection.exchange.size == 100_000
+        assert sum(map(sys.getsizeof, connection.exchange.pieces)) < 130_000
+        client.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY))
+        assert statuses(client.recv(65536)) == [200]
+
+
+def test_an_answer_that_nobody_reads_is_let_go(running):
+    many = orjson.dumps([RECORD] * 2_000)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", running.port))
+        client.settimeout(0.5)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            for _ in range(100):
+                client.sendall(post(many))
+        end, most = time.monotonic() + 20, 0
+        while running.server.server_state.connections and time.monotonic() < end:
+            most = max(most, held(running))
+            time.sleep(0.05)
+        assert not running.server.server_state.connections
+    assert most > 100_000  # answers that are not read count
+    assert held(running) == 0
+
+
+def test_an_answer_that_is_read_slowly_arrives(running):
+    many = orjson.dumps([RECORD] * 2_000)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", running.port))
+        client.sendall(post(many) * 3)
+        received, began = 0, time.monotonic()
+        while time.monotonic() - began < 2 * LIMITS.idle_seconds:
+            received += len(client.recv(3000))
+            time.sleep(0.05)
+        client.settimeout(5)
+        while received < 3 * 2_000 * 50:
+            received += len(client.recv(1 << 20))
+
+
+OFFER = "connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_an_offer_of_another_protocol_is_passed_over(running, pause):
+    smuggled = b"POST /v2/repository/models/nosuch/unload HTTP/1.1\r\nhost: here\r\ncontent-length: 0\r\n\r\n"
+    requests = {
+        post(headers=OFFER): [200],
+        post(smuggled, headers=OFFER): [400],  # it is a body, and no JSON
+        post(headers=OFFER.replace("h2c", "websocket")): [200],
+        post(b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY), length=False,
+             headers=OFFER + "transfer-encoding: chunked\r\n"): [200],
+        b"GET /v2 HTTP/1.1\r\nhost: here\r\n" + OFFER.encode() + b"\r\n": [200],
+        post(b"{}", "/v2/repository/index", headers=OFFER): [200],
+    }  # fmt: skip
+    for request, expected in requests.items():
+        head, body = request.split(b"\r\n\r\n", 1)
+        after = [*expected, 200, 404]
+        found = talk(
+            running, head[:20], head[20:] + b"\r\n\r\n" + body[:5], body[5:], post(headers=OFFER),
+            post(path="/nowhere"), pause=pause, until=len(after),
+        )  # fmt: skip
+        assert statuses(found) == after, request
+        together = request + post(headers=OFFER) + post(path="/nowhere")
+        assert statuses(talk(running, together, until=len(after))) == after, request
+
+
+def test_a_proxy_is_not_what_this_is(running):
+    received = talk(running, b"CONNECT elsewhere:443 HTTP/1.1\r\nhost: elsewhere:443\r\n\r\n", until=2)
+    assert statuses(received) == [400]
+
+
+def test_what_stands_behind_a_body_is_no_header(noting):
+    key = f"authorization: Bearer {noting.keys['operate']}\r\n"
+    for path in ("/v2/repository/index", "/v2/models/trips/infer"):
+        head = f"POST {path} HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n"
+        assert statuses(talk(noting, f"{head}2\r\n{{}}\r\n0\r\n{key}\r\n".encode())) == [401]
+    head = f"POST /v2/repository/index HTTP/1.1\r\nhost: evil\r\n{key}transfer-encoding: chunked\r\n\r\n"
+    assert statuses(talk(noting, f"{head}2\r\n{{}}\r\n0\r\nhost: here\r\n\r\n".encode())) == [421]
+
+
+@pytest.mark.parametrize("path", ["/predict/trips", "/v2/repository/index"])
+def test_who_asks_whom_stands_there_once(running, path):
+    for twice in ("Host: there\r\n", "authorization: a\r\nAuthorization: b\r\n"):
+        received = talk(running, post(path=path, headers=twice), until=2)
+        assert statuses(received) == [400]
+        assert b"send it once" in received
+    assert statuses(talk(running, post(path="/predict/trips", headers="x-a: 1\r\nx-a: 2\r\n"))) == [200]
 
 
 def test_endless_headers_are_refused(running):
