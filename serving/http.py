@@ -125,6 +125,7 @@ class Protocol(Parsing):
 
     def on_headers_complete(self) -> None:
         """The hot routes part from the others."""
+        self.upgrading = self.parser.should_upgrade()
         if self.upgrading:
             return
         if twice := self.twice():

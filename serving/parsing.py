@@ -20,6 +20,8 @@ class Parsing(HttpToolsProtocol):
 
     reading: str
     """What is waited for (`serving.http`)."""
+    upgrading = False
+    """The request that is parsed offers another protocol."""
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived."""
@@ -39,11 +41,6 @@ class Parsing(HttpToolsProtocol):
                 return
             else:
                 return
-
-    @property
-    def upgrading(self) -> bool:
-        """Whether the request offers another protocol."""
-        return bool(self.parser.should_upgrade())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header. What stands behind a body is none, whatever its name (RFC 9110, 6.5.1)."""
