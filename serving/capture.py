@@ -177,13 +177,13 @@ class Log:
             self._number += 1
             path = self.open_folder / f"{workload}.{self.source}.{self._number:09d}"
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
-            try:
+            # The reconciler looks for files of dead workers: it may be looking at this new one, or have removed it.
+            with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # the reconciler looks for files of dead workers, and looked at this new one
-                os.close(descriptor)
-                continue
-            segment = self._segments[workload] = Segment(workload, path, descriptor)
-            return segment
+                if os.fstat(descriptor).st_nlink:
+                    segment = self._segments[workload] = Segment(workload, path, descriptor)
+                    return segment
+            os.close(descriptor)
 
     def _abandon(self, workload: str) -> None:
         """After a failed write the file may end in half a line: it must be the last one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -209,6 +210,24 @@ def test_a_failing_write_is_counted_and_the_rest_stays_readable(place, model, tr
     Drain(*place).step()
     rows = Lake(place[1], "trips", trips_schema).predictions(EVER)
     assert sorted(rows.column("prediction_id").to_pylist()) == sorted(before + after)
+
+
+def test_a_segment_that_the_drain_removes_before_it_is_locked_is_not_written_to(
+    place, model, trips_schema, monkeypatch
+):
+    log, drain, lock = Log(place[0], "one"), Drain(*place), fcntl.flock
+
+    def late(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        assert drain.adopt() == 0  # of the file that was just made: it is empty, and nobody has it
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    ids = put(log, model)
+    log.rotate()
+    assert drain.step() == len(ids)
+    assert Lake(place[1], "trips", trips_schema).predictions(EVER).column("prediction_id").to_pylist() == ids
+    assert log.lost == 0
 
 
 def test_reading_a_segment_needs_nothing_else(place, model, trips_schema):
