@@ -53,7 +53,7 @@ class Ids:
 
     def genuine(self, name: str, workload: str) -> bool:
         """Whether a server with this key gave the id to an answer of the workload."""
-        if len(name) != 32 or not name.isalnum():
+        if len(name) != 32 or not (name.isascii() and name.isalnum()):
             return False
         try:
             number = int(name, 16)

@@ -41,7 +41,9 @@ def test_only_ids_that_were_given_are_genuine():
     assert not ids.genuine(name.upper(), "trips") or name == name.upper()
     second = f"{name[:21]}0001{name[25:]}"
     assert not ids.genuine(second, "trips")  # the batch had one row
-    for wrong in ("", "0" * 32, "no", name[:-1], name + "0", "z" * 32, "+" + name[1:], "ü" * 32):
+    arabic = "".join(chr(0x0660 + int(digit)) if digit.isdigit() else digit for digit in name)
+    assert int(arabic, 16) == int(name, 16)
+    for wrong in ("", "0" * 32, "no", name[:-1], name + "0", "z" * 32, "+" + name[1:], "ü" * 32, arabic):
         assert not ids.genuine(wrong, "trips")
 
 
