@@ -8,6 +8,7 @@ configured. Not here: what happens to a batch (`serving.batch`), HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ MOST_WAITING = 1024
 WAIT_SECONDS = 0.25
 WAIT_BATCHES = 16
 """A request that would wait longer than this, and than so many batches, is refused at once."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -151,9 +154,12 @@ class Batcher:
 
     def _finish(self, lane: Lane, model: Model, calls: list[Call], runs: list[Run]) -> None:
         """Send the answers, when the log allows; then see to what has arrived meanwhile."""
-        if calls:
-            self.recorder.release(model, lambda: _send(calls))
-            self.recorder.answered(model, calls, runs, self._here())
+        try:
+            if calls:
+                self.recorder.release(model, lambda: _send(calls))
+                self.recorder.answered(model, calls, runs, self._here())
+        except Exception:  # those that wait have done nothing wrong
+            logger.exception("What %s answered is not counted, or not logged", lane.workload)
         if lane.queue:
             self._here().call_soon(self._flush, lane)
         else:
@@ -170,4 +176,7 @@ class Batcher:
 def _send(calls: Sequence[Call]) -> None:
     for call in calls:
         if not call.gone and call.answer is not None:
-            call.reply(call.answer)
+            try:
+                call.reply(call.answer)
+            except Exception:  # the others have done nothing wrong
+                logger.exception("An answer of %s cannot be sent", call.workload)

@@ -282,6 +282,20 @@ def test_a_full_disk_answers_and_counts(service, ack):
     assert "cannot be written" in service.log.failure
 
 
+def test_a_fault_in_what_becomes_of_answers_strands_nobody(service, monkeypatch, caplog):
+    def leave(number, call):
+        if number == 0:
+            call.reply = lambda answer: 1 / 0
+
+    answers = at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])] * 3, leave)
+    assert [answer and answer[0] for answer in answers] == [None, 200, 200]
+    with monkeypatch.context() as broken:
+        broken.setattr(service.metrics, "batch", lambda *_, **__: 1 / 0)
+        assert outputs(at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])])[0]) == [2, 4]
+    assert outputs(at_once(service, "double", [body("x", "FP32", [1, 2], [3, 4])])[0]) == [6, 8]
+    assert caplog.text.count("ZeroDivisionError") == 2
+
+
 def test_durable_answers_wait_for_the_disk_together(models, tmp_path):
     class Slow(Log):
         synced = 0
