@@ -23,6 +23,8 @@ from serving.outcome import Outcome, Scored
 from serving.wire import Answer, Asked, Refusal, Rows, refused
 
 FAULT = "The server has a fault; its log tells more."
+NO_ID = ("",)
+"""Of a row that the log does not hold for certain, where an id is a promise."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,10 @@ class Run:
     """Begin and end of the write to the log; None: it was left for later."""
     later: Entry | None = None
     """What is to be logged, where that was left for after the answers."""
+    failures: int = 0
+    """Syncs of the log that had failed before it was written."""
+    told: tuple[Mapping[str, np.ndarray], Sequence[str | None]] | None = None
+    """Outputs and actions, where its answers tell ids and wait for the disk."""
 
 
 class Recorder(Protocol):
@@ -93,7 +99,7 @@ class Recorder(Protocol):
         """Give the rows of a run their ids and log them; `late`: the log may follow the answers. Called where it ran:
         in the loop or in the thread."""
 
-    def release(self, model: Model, send: Callable[[], None]) -> None:
+    def release(self, model: Model, runs: Sequence[Run], send: Callable[[], None]) -> None:
         """Call `send` when the log of the batch is as safe as the workload asks; at once where it is already."""
 
     def answered(
@@ -229,7 +235,22 @@ def _refuse_broken(calls: Sequence[Call], scores: np.ndarray) -> None:
         start = end
 
 
-def _encode(model: Model, calls: Sequence[Call], outputs: dict[str, np.ndarray], recorded: Recorded) -> None:
+def encode_without_ids(model: Model, run: Run) -> None:
+    """Give the calls of a run other answers, because its rows are not known after all."""
+    if run.told is None:
+        return
+    outputs, actions = run.told
+    for call in run.calls:
+        call.answer = None
+    try:
+        _encode(model, run.calls, outputs, Recorded(NO_ID * run.rows, actions))
+    except Exception:
+        logger.exception("The answers of %s cannot be encoded without ids", model.workload)
+    for call in run.calls:
+        call.answer = call.answer or refused(Refusal(500, FAULT))
+
+
+def _encode(model: Model, calls: Sequence[Call], outputs: Mapping[str, np.ndarray], recorded: Recorded) -> None:
     """Give each call its share as an answer."""
     outcome = Outcome(model, outputs, recorded.ids, recorded.actions, shared=len(calls) > 1)
     if not outcome.shared:

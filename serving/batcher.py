@@ -156,7 +156,7 @@ class Batcher:
         """Send the answers, when the log allows; then see to what has arrived meanwhile."""
         try:
             if calls:
-                self.recorder.release(model, lambda: _send(calls))
+                self.recorder.release(model, runs, lambda: _send(calls))
                 self.recorder.answered(model, calls, runs, self._here())
         except Exception:  # those that wait have done nothing wrong
             logger.exception("What %s answered is not counted, or not logged", lane.workload)

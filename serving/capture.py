@@ -8,12 +8,14 @@ by renaming:
     log/open/<workload>.<source>.<number>             being written, locked by its writer
     log/ready/<workload>.<source>.<number>.<rows>     whole; the reconciler moves it into the lake
 
-A full disk does not stop answers: rows that could not be written are counted. Not here: the lake (`serving.drain`).
+A full disk does not stop answers: rows that could not be written, or not synced, are counted. Not here: the lake
+(`serving.drain`).
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import threading
 import time
@@ -34,6 +36,8 @@ from serving.rawlog import describe
 MOST_PARTS = 512
 """Pieces that one write gathers; systems take 1,024."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Segment:
@@ -45,8 +49,13 @@ class Segment:
     rows: int = 0
     size: int = 0
     began: float = field(default_factory=time.time)
-    dirty: bool = False
-    """Holds rows that were not synced."""
+    tried: int = 0
+    """Rows that a sync was tried for."""
+    lost: int = 0
+    """Rows of these for which it failed."""
+    failure: str = ""
+    """Why a sync failed. A later one proves nothing then: the system forgets what it could not bring onto the disk and
+    says of the same bytes that they are there, and what was written since may lie behind a gap."""
     versions: set[int] = field(default_factory=set)
     """Versions whose schema the file already holds, so that it can be read by itself."""
 
@@ -60,15 +69,21 @@ class Log:
         self.ready_folder.mkdir(parents=True, exist_ok=True)
         self.source = source
         self.lost = 0
-        """Answered rows and labels that could not be written."""
-        self.failure = ""
-        """Why the last write failed; empty again after one that did not."""
+        """Answered rows and labels that could not be written, or not synced."""
+        self.failures = 0
+        """Syncs that failed. What was written is on the disk if a sync followed and this did not change meanwhile."""
+        self._unwritten, self._unsynced = "", ""
         self._segments: dict[str, Segment] = {}
         self._leaving: list[Segment] = []
         """Segments that nothing is written to any more and that are not handed over yet, oldest first."""
         self._number = 0
         self._lock = threading.Lock()
         self._handing_over = threading.Lock()
+
+    @property
+    def failure(self) -> str:
+        """Why the last write failed, or else the last sync; empty again after one that did not."""
+        return self._unwritten or self._unsynced
 
     def predictions(self, model: Model, entries: Sequence[Entry]) -> bool:
         """Log the answered rows of some runs, in one write. Returns whether it could."""
@@ -80,15 +95,11 @@ class Log:
         return self._write(workload, len(ids), [orjson.dumps({"id": ids, "y": labels, "t": times}, option=FLAGS)])
 
     def sync(self) -> None:
-        """Bring what was written onto the disk itself, so that it outlives a power cut; a failure is noted."""
-        with self._lock:
-            held = [*self._segments.values(), *self._leaving]
-            dirty = [(segment, os.dup(segment.descriptor)) for segment in held if segment.dirty]
-            for segment, _ in dirty:
-                segment.dirty = False
-        for _, descriptor in dirty:
-            self._sync(descriptor)
-            os.close(descriptor)
+        """Bring what was written onto the disk itself, so that it outlives a power cut; `failures` counts where not."""
+        with self._handing_over:  # a failure is told once: to the sync of who waits, or to that of `rotate`
+            with self._lock:
+                held = [*self._leaving, *self._segments.values()]
+            self._sync(held)
 
     def rotate(self) -> None:
         """Hand every segment that holds something over to the reconciler, in the order of their numbers. Writers do
@@ -98,10 +109,9 @@ class Log:
                 full = [workload for workload, segment in self._segments.items() if segment.rows]
                 self._leaving += [self._segments.pop(workload) for workload in full]
                 leaving = list(self._leaving)
+            self._sync(leaving)
             for segment in leaving:
-                if segment.dirty:
-                    self._sync(segment.descriptor)
-                segment.path.rename(self.ready_folder / f"{segment.path.name}.{segment.rows}")
+                self._hand_over(segment)
                 with self._lock:
                     self._leaving.remove(segment)
                 os.close(segment.descriptor)
@@ -128,11 +138,33 @@ class Log:
             count[1] += 1
         return {workload: (rows, segments) for workload, (rows, segments) in found.items()}
 
-    def _sync(self, descriptor: int) -> None:
+    def _hand_over(self, segment: Segment) -> None:
         try:
-            os.fdatasync(descriptor)
-        except OSError as error:
-            self.failure = f"The prediction log does not reach the disk: {error.strerror or error}."
+            segment.path.rename(self.ready_folder / f"{segment.path.name}.{segment.rows}")
+        except FileNotFoundError:
+            if segment.path.exists():  # it is the folder that is missing
+                raise
+            logger.error("The log segment %s with %d rows was removed by somebody.", segment.path.name, segment.rows)
+            with self._lock:
+                self.lost += segment.rows - segment.lost
+
+    def _sync(self, segments: Sequence[Segment]) -> None:
+        """Sync those that hold something new. The caller holds `_handing_over`: nobody closes them meanwhile."""
+        dirty = [segment for segment in segments if segment.rows > segment.tried]
+        for segment in dirty:
+            rows = segment.rows
+            try:
+                os.fdatasync(segment.descriptor)
+            except OSError as error:
+                segment.failure = f"The prediction log does not reach the disk: {error.strerror or error}."
+            if segment.failure:
+                segment.lost += rows - segment.tried
+                with self._lock:
+                    self.lost += rows - segment.tried
+                    self.failures += 1
+            segment.tried = rows
+        if dirty:
+            self._unsynced = next((segment.failure for segment in dirty if segment.failure), "")
 
     def _write(self, workload: str, rows: int, parts: list[Any], model: Model | None = None) -> bool:
         with self._lock:
@@ -143,12 +175,11 @@ class Log:
                     segment.versions.add(model.version)
                 self._append(segment, parts)
                 segment.rows += rows
-                segment.dirty = True
-                self.failure = ""
+                self._unwritten = ""
                 return True
             except OSError as error:
                 self.lost += rows
-                self.failure = f"The prediction log cannot be written: {error.strerror or error}."
+                self._unwritten = f"The prediction log cannot be written: {error.strerror or error}."
                 if workload in self._segments:
                     self._abandon(workload)
                 return False

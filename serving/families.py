@@ -87,7 +87,7 @@ FAMILIES = (
     Family("noria_log_pending_segments", "gauge", "Log files that are not in the lake yet.", ("workload",)),
     Family("noria_log_lag_seconds", "gauge", "Age of the oldest logged row that is not in the lake.", ("workload",),
            highest=True),
-    Family("noria_log_lost_rows_total", "counter", "Answered rows and labels that could not be logged."),
+    Family("noria_log_lost_rows_total", "counter", "Answered rows and labels that could not be logged, or not synced."),
     Family("noria_log_sync_duration_seconds", "histogram", "Time that one sync of the log to the disk took.", (),
            SHORT_SECONDS),
     _worker("process_resident_memory_bytes", "gauge", "Resident memory size in bytes."),

@@ -44,7 +44,7 @@ ERROR_STATUSES = {
     "408": "The body did not arrive in time.",
     "415": "The content type is not one that is read.",
     "422": "A record breaks the schema; the sentence names field and row.",
-    "503": "No version of the workload is ready, or too many requests wait.",
+    "503": "No version of the workload is ready, too many requests wait, or labels do not reach the disk.",
     "504": "The deadline of the request passed.",
 }
 """Of the routes that take a body."""

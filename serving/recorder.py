@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from noria.runtime import SCORE
-from serving.batch import Call, Recorded, Run
+from serving.batch import NO_ID, Call, Recorded, Run, encode_without_ids
 from serving.capture import Log
 from serving.commit import GroupCommit
 from serving.entries import Entry
@@ -27,7 +27,6 @@ OK = 200
 FLUSH_SECONDS, FLUSH_ROWS = 0.002, 256
 """How long, and how many, answered rows may wait to be logged with `ack=fast`. What waits shares one line and one
 write; a worker that is killed takes it along."""
-NO_ID = ("",)
 ROUTES = {
     "predict": "/predict/{workload}",
     "infer": "/v2/models/{workload}/infer",
@@ -63,22 +62,33 @@ class Records:
     ) -> Recorded:
         """Give the rows of a run their ids and actions, and log them; later, where neither the workload nor the caller
         minds."""
-        rows, late = run.rows, late and not self.durable(model.workload)
+        durable = self.durable(model.workload)
+        rows, late = run.rows, late and not durable
         actions = model.bundle.bands.actions(outputs[SCORE]) if model.bundle else []
         # Where no answer tells the ids, they are made for all runs of a line at once.
         told = not late or any(map(_tells_ids, run.calls))
         first = self.ids.base(model.workload, rows) if told else 0
         entry = Entry(first, rows, tensors, outputs, _times(run), actions, (run.ended - run.taken) * 1000)
         # An id is a promise that the row is known: where the log could not be written there is none.
+        run.failures = self.log.failures
         known = told and (late or self.log.predictions(model, [entry]))
+        if known and durable:
+            run.told = outputs, actions
         return Recorded(expand(first, rows) if known else NO_ID * rows, actions, entry if late else None)
 
-    def release(self, model: Model, send: Callable[[], None]) -> None:
-        """Send at once, or after the log is on the disk."""
-        if self.durable(model.workload):
-            self.commit.after(send)
-        else:
+    def release(self, model: Model, runs: Sequence[Run], send: Callable[[], None]) -> None:
+        """Send at once, or after the log is on the disk; without ids where it does not get there."""
+        if not self.durable(model.workload):
             send()
+            return
+
+        def synced(safe: bool) -> None:
+            if not safe:
+                for run in runs:
+                    encode_without_ids(model, run)
+            send()
+
+        self.commit.after(synced, min([run.failures for run in runs], default=self.log.failures))
 
     def answered(
         self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop

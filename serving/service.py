@@ -42,6 +42,7 @@ INLINE_DEFLATED = 8 * 1024
 """Compressed bodies up to this size are inflated in the event loop: they become 2 MB at most."""
 INLINE_BYTES = 64 * 1024
 """Labels in a body up to this size are read in the event loop."""
+UNSAFE = refused(Refusal(503, "The labels do not reach the disk; send them again later.", RETRY))
 
 
 @dataclass(slots=True)
@@ -190,6 +191,7 @@ class Service:
         _check_json(request.headers)
         began = time.perf_counter()
         _, bundle = self.champion(request.workload)
+        failures = self.log.failures
 
         def done(answer: Answer) -> None:
             elapsed = time.perf_counter() - began
@@ -197,15 +199,15 @@ class Service:
             reply(answer)
 
         if len(request.body) <= INLINE_BYTES:
-            self._taken(self._take(request, bundle), done)
+            self._taken(self._take(request, bundle), failures, done)
         else:
             work = asyncio.get_running_loop().run_in_executor(self.threads, self._take, request, bundle)
-            work.add_done_callback(lambda future: self._taken(future.result(), done))
+            work.add_done_callback(lambda future: self._taken(future.result(), failures, done))
 
-    def _taken(self, answer: Answer, done: Callable[[Answer], None]) -> None:
+    def _taken(self, answer: Answer, failures: int, done: Callable[[Answer], None]) -> None:
         """An accepted label is on the disk before its sender hears so."""
         if answer.status == 200:
-            self.commit.after(lambda: done(answer))
+            self.commit.after(lambda safe: done(answer if safe else UNSAFE), failures)
         else:
             done(answer)
 
@@ -218,7 +220,7 @@ class Service:
                 if not self.ids.genuine(name, workload):
                     raise SchemaError(f"Row {row}: no prediction of {workload} was answered with this id.", "id", row)
             if not self.log.labels(workload, ids, labels, times):
-                raise Refusal(503, f"{self.log.failure} Send these labels again later.")
+                raise Refusal(503, f"{self.log.failure} Send these labels again later.", RETRY)
         except Refusal as refusal:
             return refused(refusal)
         except SchemaError as error:

@@ -34,6 +34,7 @@ from noria.workload import Workload
 from registry.bundle import Contents, Facts, write
 from registry.environment import environment
 from registry.proof import Proof
+from serving.capture import Segment
 from serving.datatypes import NUMPY
 from serving.model import Model, load
 
@@ -208,6 +209,18 @@ def sent_parcels() -> Callable[..., pa.Table]:
                 "hours": hours,
             }
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def unsyncable() -> Callable[[Segment], None]:
+    """Let writes to a segment of the log succeed from now on, and its syncs fail: there is a device like that."""
+
+    def make(segment: Segment) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, segment.descriptor)
+        os.close(null)
 
     return make
 

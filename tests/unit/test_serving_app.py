@@ -25,7 +25,7 @@ from serving.everywhere import Everywhere
 from serving.generation import Generation
 from serving.ids import Ids
 from serving.metrics import Metrics
-from serving.service import Service
+from serving.service import INLINE_BYTES, Service
 from serving.state import Desired
 from serving.wire import RETRY, Refusal
 
@@ -114,6 +114,24 @@ def test_what_is_answered_is_in_the_log(app):
     post(app, "/feedback/trips", {"labels": [{"id": answer["predictions"][0]["id"], "label": 4}]})
     app.service.records.flush()
     assert app.service.log.pending()["trips"][0] == before + 8
+
+
+@pytest.mark.parametrize("padding", [0, INLINE_BYTES], ids=["in the loop", "in a thread"])
+def test_labels_that_do_not_reach_the_disk_are_not_acknowledged(app, padding, unsyncable):
+    _, answer = post(app, "/predict/trips", [RECORD])
+    content = orjson.dumps({"labels": [{"id": answer["predictions"][0]["id"], "label": 4}]}) + b" " * padding
+    app.service.log.rotate()
+    assert ask(app, "POST", "/feedback/trips", content)[0] == 200
+    lost = app.service.log.lost
+    unsyncable(app.service.log._segments["trips"])
+    status, body, headers = ask(app, "POST", "/feedback/trips", content)
+    assert (status, headers[b"retry-after"]) == (503, b"1")
+    assert "send them again" in orjson.loads(body)["error"]
+    said = orjson.loads(ask(app, "GET", "/status")[1])["log"]
+    assert (said["lost"], "does not reach the disk" in said["failure"]) == (lost + 1, True)
+    app.service.log.rotate()
+    assert ask(app, "POST", "/feedback/trips", content)[0] == 200
+    assert orjson.loads(ask(app, "GET", "/status")[1])["log"] == {"lost": lost + 1, "failure": None}
 
 
 def test_large_requests_go_beside_the_loop(app):

@@ -16,6 +16,7 @@ from serving import batcher, recorder
 from serving.batch import Call
 from serving.batcher import INLINE_SECONDS, Lane
 from serving.capture import Log
+from serving.commit import GroupCommit
 from serving.config import Config
 from serving.engine import Engine
 from serving.entries import Entry
@@ -280,6 +281,68 @@ def test_a_full_disk_answers_and_counts(service, ack):
     service.records.flush()
     assert service.log.lost == 1
     assert "cannot be written" in service.log.failure
+
+
+def told(answer):
+    """The ids of an answer."""
+    assert answer[0] == 200
+    return next(one["data"] for one in answer[1]["outputs"] if one["name"] == "prediction_id")
+
+
+@pytest.mark.parametrize("name", ["double", "fixed"], ids=["one run", "a run each"])
+def test_durable_answers_that_do_not_reach_the_disk_have_no_ids(service, name, unsyncable):
+    """The model ran, so they are answered; but an id is a promise."""
+    service.batcher.recorder.durable = lambda _: True
+    shape = [1, 2] if name == "double" else [3]
+    values = [[number] * max(shape) for number in range(2)]
+    wanted = {"outputs": [{"name": "y"}, {"name": "prediction_id"}]}
+    bodies = [orjson.dumps({**orjson.loads(body("x", "FP32", shape, each)), **wanted}) for each in values]
+    before = at_once(service, name, bodies)
+    unsyncable(service.log._segments[name])
+    lost = at_once(service, name, bodies)
+    assert [outputs(answer) for answer in lost] == [outputs(answer) for answer in before]
+    assert [told(answer) for answer in lost] == [[""], [""]]
+    assert service.log.lost == 2
+    assert "does not reach the disk" in service.log.failure
+    service.log.rotate()
+    after = at_once(service, name, bodies)
+    assert len({identity for answer in (*before, *after) for identity in told(answer)} - {""}) == 4
+    assert (service.log.lost, service.log.failure) == (2, "")
+
+
+def test_who_waits_for_the_disk_hears_how_it_went_whoever_synced_and_whatever_the_others_do(
+    tmp_path, caplog, unsyncable
+):
+    log = Log(tmp_path / "log", "one")
+    commit = GroupCommit(log, lambda _: None)
+    heard: list = []
+
+    def label():
+        before = log.failures
+        assert log.labels("trips", ["a"], [1.0], np.array([1]))
+        return before
+
+    async def wait():
+        heard.clear()
+        commit.after(lambda safe: heard.append(safe) or 1 / 0, label())
+        commit.after(heard.append, label())
+        while len(heard) < 2:
+            await asyncio.sleep(0.001)
+        return list(heard)
+
+    async def handed_over():
+        before = label()
+        unsyncable(log._segments["trips"])
+        log.rotate()  # which is where the failure is met
+        commit.after(heard.append, before)
+        return await wait()
+
+    assert asyncio.run(wait()) == [True, True]
+    assert "ZeroDivisionError" in caplog.text
+    assert asyncio.run(handed_over()) == [False, True, True]
+    assert asyncio.run(wait()) == [True, True]
+    commit.synced = lambda _: 1 / 0  # a fault of any other kind
+    assert asyncio.run(wait()) == [False, False]
 
 
 def test_a_fault_in_what_becomes_of_answers_strands_nobody(service, monkeypatch, caplog):

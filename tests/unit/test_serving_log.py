@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -228,6 +229,68 @@ def test_a_segment_that_the_drain_removes_before_it_is_locked_is_not_written_to(
     assert drain.step() == len(ids)
     assert Lake(place[1], "trips", trips_schema).predictions(EVER).column("prediction_id").to_pylist() == ids
     assert log.lost == 0
+
+
+def test_a_segment_that_somebody_removed_is_counted_and_holds_up_nothing(place, model):
+    log = Log(place[0], "one")
+    put(log, model)
+    next(log.open_folder.iterdir()).unlink()
+    put(log, model, workload="buses")
+    log.rotate()
+    assert log.lost == 2
+    assert [path.name for path in log.ready_folder.iterdir()] == ["buses.one.000000002.2"]
+    assert log.writing() == {}
+
+
+def test_a_missing_folder_loses_nothing(place, model):
+    log = Log(place[0], "one")
+    put(log, model)
+    shutil.rmtree(log.ready_folder)
+    with pytest.raises(FileNotFoundError):
+        log.rotate()
+    log.ready_folder.mkdir()
+    log.rotate()
+    assert (log.lost, log.pending()) == (0, {"trips": (2, 1)})
+
+
+def test_a_failing_sync_is_counted_once_and_said_until_one_succeeds(place, model, unsyncable):
+    log = Log(place[0], "one")
+    put(log, model)
+    log.sync()
+    put(log, model)
+    unsyncable(log._segments["trips"])
+    log.sync()
+    assert (log.failures, log.lost) == (1, 2)  # the first two rows are on the disk
+    put(log, model)
+    assert "does not reach the disk" in log.failure  # though it can be written
+    log.sync()
+    assert (log.failures, log.lost) == (2, 4)
+    log.sync()
+    log.rotate()
+    assert (log.failures, log.lost) == (2, 4)
+    put(log, model)
+    assert "does not reach the disk" in log.failure
+    log.sync()
+    assert (log.failures, log.lost, log.failure) == (2, 4, "")
+
+
+def test_what_lies_behind_rows_that_were_not_synced_is_not_safe(place, model, unsyncable):
+    """The system says of rows that it lost that they are there, and a file with a gap cannot be read to its end."""
+    log = Log(place[0], "one")
+    put(log, model)
+    segment = log._segments["trips"]
+    kept = os.dup(segment.descriptor)
+    unsyncable(segment)
+    log.sync()
+    os.dup2(kept, segment.descriptor)  # the disk is well again
+    os.close(kept)
+    put(log, model)
+    log.sync()
+    assert (log.failures, log.lost) == (2, 4)
+    log.rotate()
+    put(log, model)
+    log.sync()
+    assert (log.failures, log.lost, log.failure) == (2, 4, "")
 
 
 def test_reading_a_segment_needs_nothing_else(place, model, trips_schema):
