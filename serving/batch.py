@@ -18,7 +18,7 @@ import numpy as np
 from noria.errors import SchemaError
 from noria.runtime import SCORE
 from serving.entries import Entry
-from serving.model import Model
+from serving.model import Model, even
 from serving.outcome import Outcome, Scored
 from serving.wire import Answer, Asked, Refusal, Rows, refused
 
@@ -127,13 +127,17 @@ def execute(
 
 
 def _run(model: Model, calls: list[Call], recorder: Recorder, runs: list[Run], *, taken: float, late: bool) -> None:
-    """One run for all of them; where it fails, one run for each, so that only the culprit fails."""
+    """One run for all of them; where it fails, or nobody knows which rows came of whose, one run for each."""
     try:
         started = time.perf_counter()
         parts = [call.asked.rows for call in calls if call.asked]
         tensors = _together(parts)
         rows = parts[0].count if len(parts) == 1 else sum([part.count for part in parts])
         outputs = _outputs(model, tensors, rows)
+        if _uneven(model, outputs, rows):
+            if len(calls) > 1:
+                raise ValueError("its outputs are not row by row what went in")
+            rows, late = 1, False  # as of a model that is not batched, with a line of the log for itself
         run = Run(calls, rows, taken, started, time.perf_counter())
     except Exception as error:
         if len(calls) > 1:
@@ -210,15 +214,22 @@ def _together(parts: Sequence[Rows]) -> dict[str, np.ndarray]:
 
 
 def _outputs(model: Model, tensors: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    """Run the rows, in pieces where one request alone has more than the proven rows."""
+    """Run the rows, in pieces where one request alone has more than the proven rows and the model goes row by row."""
     step = model.most_rows
     if rows <= step or not model.batched:
         return model.run(tensors)
-    parts = [
-        model.run({name: values[start : start + step] for name, values in tensors.items()})
-        for start in range(0, rows, step)
-    ]
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, rows, step):
+        part = model.run({name: values[start : start + step] for name, values in tensors.items()})
+        if _uneven(model, part, min(step, rows - start)):
+            return model.run(tensors)
+        parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _uneven(model: Model, outputs: dict[str, np.ndarray], rows: int) -> bool:
+    """Whether these values, unlike those that the model was warmed with, give other rows than went in."""
+    return model.batched and model.bundle is None and not even(outputs, rows)
 
 
 def _refuse_broken(calls: Sequence[Call], scores: np.ndarray) -> None:

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from onnx import TensorProto, helper
 
-from serving import batcher, recorder
+from serving import batcher, binary, recorder
 from serving.batch import Call
 from serving.batcher import INLINE_SECONDS, Lane
 from serving.capture import Log
@@ -22,7 +22,7 @@ from serving.engine import Engine
 from serving.entries import Entry
 from serving.ids import Ids, expand
 from serving.metrics import Metrics
-from serving.model import SHARED_SECONDS
+from serving.model import SHARED_SECONDS, load
 from serving.segment import read
 from serving.service import Request, Service
 from serving.state import Desired
@@ -41,7 +41,8 @@ def floats(name, *shape):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """`double` takes [n, 2]; `picky` fails where its index is not 0 or 1; `wide` takes any width; `fixed` no batch."""
+    """`double` takes [n, 2]; `picky` fails where its index is not 0 or 1; `wide` takes any width; `fixed` no batch.
+    `nonzero` answers where its rows are not 0, `small` those values that are not above 5, `columns` those with a 1."""
     root = tmp_path_factory.mktemp("models")
     save(root / "double", [helper.make_node("Add", ["x", "x"], ["y"])], [floats("x", "n", 2)], [floats("y", "n", 2)])
     index = helper.make_tensor_value_info("i", TensorProto.INT64, ["n"])
@@ -49,7 +50,28 @@ def models(tmp_path_factory):
     save(root / "picky", [table, helper.make_node("Gather", ["t", "i"], ["y"])], [index], [floats("y", "n")])
     save(root / "wide", [helper.make_node("Neg", ["x"], ["y"])], [floats("x", "n", "w")], [floats("y", "n", "w")])
     save(root / "fixed", [helper.make_node("Neg", ["x"], ["y"])], [floats("x", 3)], [floats("y", 3)])
+    found = helper.make_tensor_value_info("y", TensorProto.INT64, ["k", 2])
+    nodes = [helper.make_node("NonZero", ["x"], ["t"]), helper.make_node("Transpose", ["t"], ["y"])]
+    save(root / "nonzero", nodes, [floats("x", "n", 3)], [found])
+    nodes = [
+        helper.make_node("Cast", ["x"], ["b"], to=TensorProto.INT32),
+        helper.make_node("Constant", [], ["first"], value_ints=[0]),
+        helper.make_node("ReduceMax", ["b", "first"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["kept"], to=TensorProto.BOOL),
+        helper.make_node("Compress", ["x", "kept"], ["y"], axis=1),
+    ]
+    save(root / "columns", nodes, [floats("x", "n", 3)], [floats("y", "n", "k")])
+    save(root / "small", keeps(5.0), [floats("x", "n")], [floats("y", "n")])
     return root
+
+
+def keeps(most):
+    """What leaves out the values of x that are above `most`."""
+    return [
+        helper.make_node("Constant", [], ["most"], value=helper.make_tensor("most", TensorProto.FLOAT, [], [most])),
+        helper.make_node("LessOrEqual", ["x", "most"], ["kept"]),
+        helper.make_node("Compress", ["x", "kept"], ["y"], axis=0),
+    ]
 
 
 @pytest.fixture
@@ -156,6 +178,78 @@ def test_shapes_that_differ_do_not_meet(service):
     assert runs(service, "wide") == 2
     answers = at_once(service, "fixed", [body("x", "FP32", [3], [1, 2, 3])] * 2)
     assert [outputs(one) for one in answers] == [[-1, -2, -3]] * 2
+
+
+def test_where_values_decide_how_many_rows_come_out_each_request_has_its_own(service):
+    values = [np.float32(np.arange(rows * 3).reshape(rows, 3) % 4 > 1) for rows in (1, 2, 5, 3, 1100)]
+    values += [np.zeros((2, 3), np.float32), np.ones((1, 3), np.float32)]
+    bodies = [body("x", "FP32", x.shape, x.ravel().tolist()) for x in values]
+    for answers in (at_once(service, "nonzero", bodies), [at_once(service, "nonzero", [one])[0] for one in bodies]):
+        for x, answer in zip(values, answers, strict=True):
+            assert outputs(answer) == np.argwhere(x).ravel().tolist()
+            assert answer[1]["outputs"][0]["shape"] == list(np.argwhere(x).shape)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.5, -1.0])
+def test_where_rows_go_is_seen_before_a_model_answers(tmp_path, most):
+    save(tmp_path / "m", keeps(most), [floats("x", "n")], [floats("y", "n")])
+    model = load("m", 1, tmp_path / "m", "cpu", plain=True)
+    assert (model.batched, model.sizes) == (False, (1,))
+
+
+def test_where_only_some_values_leave_rows_out_nobody_gets_those_of_others(service):
+    assert service.engine.models["small"].batched, "nothing shows it while it is warmed"
+    values = [[1, 9], [9], [2, 3], [7, 4, 8], [9, 9, 9], [0]]
+    kept = [[one for one in x if one <= 5] for x in values]
+    bodies = [body("x", "FP32", [len(x)], x) for x in values]
+    answers = at_once(service, "small", bodies)
+    assert [outputs(one) for one in answers] == kept
+    assert [one[1]["outputs"][0]["shape"] for one in answers] == [[len(x)] for x in kept]
+    in_bytes = [orjson.dumps({**orjson.loads(one), "parameters": {"binary_data_output": True}}) for one in bodies]
+    found: list = []
+
+    async def ask():
+        for one in in_bytes:
+            service.accept(Request("infer", "small", one), found.append)
+        while len(found) < len(in_bytes):
+            await asyncio.sleep(0.001)
+
+    asyncio.run(ask())
+    heads = [int(dict(one.headers)[binary.HEADER]) for one in found]
+    tails = [np.frombuffer(one.body[head:], "<f4").tolist() for one, head in zip(found, heads, strict=True)]
+    assert tails == kept
+    long = np.arange(3000) % 7
+    (alone,) = at_once(service, "small", [body("x", "FP32", [3000], long.tolist())])
+    assert outputs(alone) == long[long <= 5].tolist()
+
+
+@pytest.mark.parametrize("name", ["small", "nonzero", "columns"])
+def test_rows_that_come_out_in_other_shapes_are_logged_as_they_were_answered(service, name, monkeypatch):
+    monkeypatch.setattr(recorder, "FLUSH_SECONDS", 1.0)  # so that they would share a line
+    monkeypatch.setattr(batcher, "INLINE_SECONDS", 60)
+    if name == "small":  # a request that nothing is left out of has a row for each value
+        sent, shape = [[1, 9], [2, 3], [9, 3, 4], [0]], lambda x: [len(x)]
+        expected = [([0], [0]), ([1, 9], [1]), ([2], [2]), ([3], [3]), ([9, 3, 4], [3, 4])]
+    elif name == "columns":
+        sent, shape = [[0, 1, 0], [0, 1, 1], [1, 1, 1]], lambda x: [1, 3]
+        expected = [(x, [one for one in x if one]) for x in sent]
+    else:
+        sent, shape = [[0, 1, 0], [1, 1, 1, 0, 1, 1]], lambda x: [len(x) // 3, 3]
+        expected = [(x, np.argwhere(np.reshape(x, (-1, 3))).ravel().tolist()) for x in sent]
+
+    async def ask():
+        found: list = []
+        for x in sent:
+            service.accept(Request("infer", name, body("x", "FP32", shape(x), x)), found.append)
+            for _ in range(3):  # a tick each
+                await asyncio.sleep(0)
+        service.records.flush()
+
+    asyncio.run(ask())
+    service.log.rotate()
+    (path,) = service.log.ready_folder.iterdir()
+    rows = read(path.read_bytes())[0]["predictions"].to_pylist()
+    assert sorted((row["input_x"], row["output_y"]) for row in rows) == expected
 
 
 @pytest.mark.parametrize("name", ["double", "wide"], ids=["rows alike", "rows of several widths"])
