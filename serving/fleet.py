@@ -1,9 +1,10 @@
 """The workers of one server: as many as were asked for, of the generation that should answer, whatever dies.
 
-What `desired/` asks for is made real one workload at a time: fresh processes load the next generation while the present
-one answers; when all of them have proven it they accept, and the present ones finish what they have and end. A version
-that fails, hangs, crashes or eats memory while it loads is refused and nothing else changes. When workers start anew
-and a version cannot be loaded any more, its fallback serves. Not here: why something is desired.
+What `desired/` asks for is made real one workload at a time, or several models of a repository at once: fresh processes
+load the next generation while the present one answers; when all of them have proven it they accept, and the present
+ones finish what they have and end. A version that fails, hangs, crashes or eats memory while it loads is refused and
+nothing else changes. When workers start anew and a version cannot be loaded any more, its fallback serves. Not here:
+why something is desired.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from serving.everywhere import Everywhere
@@ -39,7 +40,7 @@ class Candidate:
     """Workers that load the next generation."""
 
     generation: Generation
-    change: Desired
+    changes: Sequence[Desired]
     base: int
     """The generation that it was made from."""
     members: list[Worker]
@@ -72,7 +73,7 @@ class Fleet:
         """Workers of the present generation."""
         self._old: list[Worker] = []
         """Workers of the generation before, which answer until every new one does."""
-        self._candidates: dict[str, Candidate] = {}
+        self._candidates: list[Candidate] = []
         self._tried = {name: entry.asked for name, entry in desired.items()}
         self._held: dict[str, Held] = {}
         self._faults: Counter[tuple[str, int | None]] = Counter()
@@ -80,19 +81,19 @@ class Fleet:
 
     def step(self) -> float:
         """Look at everything once; returns the seconds after which to look again."""
-        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
+        loading = [worker for candidate in self._candidates for worker in candidate.members]
         for worker in [*self.members, *self._old, *loading]:
             worker.look()
         self.pool.end_leaving()
         self._keep_members()
-        for candidate in list(self._candidates.values()):
+        for candidate in list(self._candidates):
             self._judge(candidate)
         if any(worker.phase == "accepting" for worker in self.members):
             self._begin()
         busy = self._busy()
         if not busy:
             self.pool.keep_spare()
-        loading = [worker for candidate in self._candidates.values() for worker in candidate.members]
+        loading = [worker for candidate in self._candidates for worker in candidate.members]
         said = [worker.describe() for worker in [*self.members, *self._old, *loading, *self.pool.leaving]]
         self._say_ready()
         self.sources = frozenset(one.source for one in [*self.members, *self._old, *loading, *self.pool.all()])
@@ -103,7 +104,7 @@ class Fleet:
     def stop(self) -> None:
         """End every worker; those that answer finish what they have."""
         self.plan.listener.close()
-        for candidate in list(self._candidates.values()):
+        for candidate in list(self._candidates):
             self._drop(candidate)
         for worker in [*self.members, *self._old]:
             self.pool.retire(worker)
@@ -162,16 +163,20 @@ class Fleet:
     # The next one
 
     def _begin(self) -> None:
-        """Start the next change that waits, if the machine is free for it."""
+        """Start the next change that waits, if the machine is free for it. Models of a repository share a generation,
+        for many may come at once; but what has failed is tried by itself."""
         clock = time.monotonic()
-        if any(clock - candidate.began < PATIENCE_SECONDS for candidate in self._candidates.values()):
+        if any(clock - candidate.began < PATIENCE_SECONDS for candidate in self._candidates):
             return
-        for change in self._changes():
-            held = self._held.get(change.workload)
-            waits = held is not None and held.asked == change.asked and clock < held.until
-            if change.workload not in self._candidates and not waits:
-                self._try(change)
-                return
+        busy = {change.workload for candidate in self._candidates for change in candidate.changes}
+        waiting = [one for one in self._changes() if one.workload not in busy and self._hold(one).until <= clock]
+        together = [change for change in waiting if change.plain and change.workload not in self._held]
+        if waiting:
+            self._try(together if waiting[0] in together else waiting[:1])
+
+    def _hold(self, change: Desired) -> Held:
+        held = self._held.get(change.workload)
+        return held if held is not None and held.asked == change.asked else Held(change.asked)
 
     def _changes(self) -> Iterator[Desired]:
         """What is desired and was not tried yet; no version: the workload should go."""
@@ -189,38 +194,38 @@ class Fleet:
             else:
                 yield entry
         for workload in self.current.entries.keys() - desired.keys():
-            yield Desired(workload, None)
+            yield Desired(workload, None, plain=self.current.entries[workload].plain)
 
-    def _try(self, change: Desired) -> None:
-        entry = None if change.version is None else change
-        generation = self.current.changed(self._next(), change.workload, entry)
+    def _try(self, changes: Sequence[Desired]) -> None:
+        generation, number = self.current, self._next()
+        for change in changes:
+            generation = generation.changed(number, change.workload, None if change.version is None else change)
         members = [self._start(generation) for _ in range(self.count)]
-        candidate = Candidate(generation, change, self.current.number, members, time.monotonic())
-        self._candidates[change.workload] = candidate
+        self._candidates.append(Candidate(generation, changes, self.current.number, members, time.monotonic()))
 
     def _judge(self, candidate: Candidate) -> None:
         """Promote it, refuse it, or let it go on loading."""
-        workload = candidate.change.workload
-        wanted = self.ledger.desired().get(workload, Desired(workload, None))
+        desired, changes = self.ledger.desired(), candidate.changes
+        wanted = [desired.get(change.workload, Desired(change.workload, None)).asked for change in changes]
         failed = next((worker.failure for worker in candidate.members if worker.failure is not None), None)
-        if wanted.asked != candidate.change.asked:
+        if wanted != [change.asked for change in changes]:
             self._drop(candidate)
         elif failed is not None:
             self._drop(candidate)
-            self._refuse(candidate.change, failed)
+            self._refuse(changes, failed)
         elif all(worker.phase == "loaded" for worker in candidate.members):
             if candidate.base == self.current.number:
                 self._promote(candidate)
             else:  # another workload changed meanwhile
                 self._drop(candidate)
-                self._try(candidate.change)
+                self._try(changes)
 
     def _promote(self, candidate: Candidate) -> None:
-        del self._candidates[candidate.change.workload]
-        workload = candidate.change.workload
-        self._tried[workload] = candidate.change.asked
-        self._held.pop(workload, None)
-        self.metrics.swapped(workload, "serving", time.monotonic() - candidate.began)
+        self._candidates.remove(candidate)
+        for change in candidate.changes:
+            self._tried[change.workload] = change.asked
+            self._held.pop(change.workload, None)
+            self.metrics.swapped(change.workload, "serving", time.monotonic() - candidate.began)
         for worker in self.members:
             if worker.phase == "accepting":
                 self._old.append(worker)
@@ -228,23 +233,24 @@ class Fleet:
                 self.pool.retire(worker)
         self.current, self.members = candidate.generation, candidate.members
         self._keep_members()
-        if candidate.change.version is None:
-            self.ledger.gone(workload)
+        for change in candidate.changes:
+            if change.version is None:
+                self.ledger.gone(change.workload)
 
-    def _refuse(self, change: Desired, failure: Failure) -> None:
-        workload = change.workload
-        held = self._held.get(workload)
-        if held is None or held.asked != change.asked:
-            held = self._held[workload] = Held(change.asked)
-        held.tries += 1
-        blamed = self.current.entries.get(failure.workload)
-        if failure.workload == workload or (not failure.workload and held.tries >= TRIES):
-            self._tried[workload] = change.asked
-            self.ledger.failed(change, self.current, failure.reason)
-            self.metrics.swapped(workload, "failed")
-            return
-        held.until = time.monotonic() + min(LONGEST_HOLD, 0.5 * 2**held.tries)
-        logger.error("%s Version %s of %s is tried again.", failure.reason, change.version, workload)
+    def _refuse(self, changes: Sequence[Desired], failure: Failure) -> None:
+        own = [change for change in changes if change.workload == failure.workload]
+        for change in own or changes:
+            workload = change.workload
+            held = self._held[workload] = self._hold(change)
+            held.tries += 1
+            if own or (not failure.workload and held.tries >= TRIES):
+                self._tried[workload] = change.asked
+                self.ledger.failed(change, self.current, failure.reason)
+                self.metrics.swapped(workload, "failed")
+            else:
+                held.until = time.monotonic() + min(LONGEST_HOLD, 0.5 * 2**held.tries)
+                logger.error("%s Version %s of %s is tried again.", failure.reason, change.version, workload)
+        blamed = None if own else self.current.entries.get(failure.workload)
         if blamed is not None:  # it answers, but its files are not what they were
             self._faults[blamed.workload, blamed.version] += 1
             if self._faults[blamed.workload, blamed.version] < TRIES:
@@ -253,7 +259,7 @@ class Fleet:
                 self._leave_out(blamed.workload, failure.reason)
 
     def _drop(self, candidate: Candidate) -> None:
-        del self._candidates[candidate.change.workload]
+        self._candidates.remove(candidate)
         for worker in candidate.members:
             worker.kill()
 
@@ -269,7 +275,7 @@ class Fleet:
 
     def _needed(self) -> set[int]:
         """Numbers of the generations that a process may still read."""
-        return {self.current.number, *(candidate.generation.number for candidate in self._candidates.values())}
+        return {self.current.number, *(candidate.generation.number for candidate in self._candidates)}
 
     def _next(self) -> int:
         self._number += 1

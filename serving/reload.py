@@ -72,7 +72,7 @@ def serve(
             signal.signal(number, lambda *_: stop.set())
         metrics = Metrics(settings.serving / "metrics", f"parent-{uuid.uuid4().hex[:12]}")
         repository = Repository(Path(settings.repository) if settings.repository else None, settings.serving)
-        repository.step()  # what lies there at the start is loaded by the first workers
+        repository.start(stop)  # what lies there at the start is loaded by the first workers
         providers = settings.providers if len(chain) > 1 else "cpu"  # what is not here, no worker looks for again
         fleet = Fleet(_plan(settings, listener, grpc_port, config, providers), settings.workers, metrics)
         count = partial(_count, metrics, fleet, settings.serving, ShadowCounts(settings.serving))

@@ -1,7 +1,8 @@
 """A folder of plain models, NAME/VERSION/model.onnx, from which the highest version that loads is served.
 
-One `step` is one look. A new folder is asked for when its file has stopped growing, a removed one is served no more,
-and a version that does not load is tried again, later each time. Operators may unload a model, and load it again.
+One `step` is one look, and `start` the first ones. A new folder is asked for when its file has stopped growing, a
+removed one is served no more, and a version that does not load is tried again, later each time. Operators may unload a
+model, and load it again.
 Not here: loading (`serving.model`), aliases (`serving.reconcile`).
 """
 
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +28,8 @@ TRIES = 8
 """Of a file that does not load and does not change."""
 SETTLED_SECONDS = 2.0
 """At the start a file that was not written for so long is whole."""
+START_SECONDS = 5.0
+"""How long the start waits for files that are still written."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 Mark = tuple[int, int]
@@ -76,8 +80,18 @@ class Repository:
         """Keys of the orders that were acted on."""
         self._said: set[str] = set()
         self._listed: list[Listed] | None = None
+        self._growing = False
+        """A file may still be written."""
         self._settled_before = time.time_ns() - int(SETTLED_SECONDS * 1e9)
         orders.clear(folder)
+
+    def start(self, stop: threading.Event) -> None:
+        """Look until all files are whole: the first workers load them, so nothing is said to be ready without them. One
+        that is written for longer than START_SECONDS is left for later, and so is all when `stop` is set."""
+        until = time.monotonic() + START_SECONDS
+        self.step()
+        while self._growing and time.monotonic() < until and not stop.wait(LOOK_SECONDS):
+            self.step()
 
     def step(self) -> None:
         """Look once, and act on what has changed and on the orders that wait."""
@@ -85,6 +99,8 @@ class Repository:
         found = self._scan()
         if found is None:
             return
+        marks = {(name, number): mark for name, versions in found.items() for number, mark in versions.items()}
+        self._growing = not all(self._whole(key, mark) for key, mark in marks.items())
         for order in waiting:
             if order.key not in self._heard:
                 self._hear(order)
@@ -95,7 +111,7 @@ class Repository:
         for name, entry in desired.items():
             if entry.plain and (name not in found or name in self._unloaded):
                 state.remove(self.desired_folder, name)
-        self._seen = {(name, number): mark for name, versions in found.items() for number, mark in versions.items()}
+        self._seen = marks
         self._list(found)
         for order in waiting:
             self._answer(order, found)
@@ -142,7 +158,10 @@ class Repository:
         fault = self._faults.get((name, number))
         if fault is not None and fault.mark == mark and time.monotonic() < fault.until:
             return False
-        return self._seen.get((name, number)) == mark or mark[1] < self._settled_before
+        return self._whole((name, number), mark)
+
+    def _whole(self, key: tuple[str, int], mark: Mark) -> bool:
+        return self._seen.get(key) == mark or mark[1] < self._settled_before
 
     def _fault(self, name: str, failed: State, versions: Mapping[int, Mark]) -> None:
         key, mark = (name, failed.version), versions.get(failed.version)

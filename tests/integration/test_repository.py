@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from serving import orders
+from serving.generation import numbers
 from serving.repository import index
 from serving.state import swaps
 
@@ -176,6 +177,23 @@ def test_a_file_that_is_still_copied_waits_and_one_that_does_not_load_is_retried
     server.wait(lambda: server.version("slow") == 3)
 
 
+def test_folders_that_come_together_are_one_change_and_what_does_not_load_holds_up_none(server):
+    server.wait(lambda: _spare(server))
+    before = max(numbers(server.state))
+    names = [f"many{number}" for number in range(8)]
+    for name in names:
+        put(server.repository, name, 1, b"no model" if name == "many3" else None)
+    good = [name for name in names if name != "many3"]
+    server.wait(lambda: all(map(server.ready, good)))
+    server.wait(lambda: "Version 1 of many3 cannot be loaded" in server.log())
+    # Two looks may share them, and the fleet may look while they are written down; `many3` takes one, or two.
+    assert max(numbers(server.state)) - before < len(good)
+    for name in names:
+        shutil.rmtree(server.repository / name)
+    server.wait(lambda: not any(map(server.ready, names)))
+    assert server.ready("first")
+
+
 def test_operators_unload_and_load(server):
     put(server.repository, "third", 1)
     server.wait(lambda: server.ready("third"))
@@ -208,6 +226,21 @@ def test_a_restart_serves_the_same_and_forgets_what_is_gone(server):
     assert not (server.state / "desired" / "gone.json").exists()
     (server.repository / "first" / "1" / "model.onnx").write_bytes(plain())
     server.wait(lambda: server.ready("first"), 20)
+
+
+def test_nothing_is_ready_before_all_that_was_just_copied_is(tmp_path):
+    server, names = Server(tmp_path), [f"model{number}" for number in range(4)]
+    for name in names:
+        put(server.repository, name, 1)
+        soon = time.time() + 60  # written as it were while the server starts, however long the machine takes for that
+        os.utime(server.repository / name / "1" / "model.onnx", (soon, soon))
+    server.start(_free_port())
+    try:
+        server.wait(lambda: httpx.get(f"{server.url}/v2/health/ready").status_code == 200)
+        assert all(map(server.ready, names))
+        assert numbers(server.state) == [1]
+    finally:
+        server.stop()
 
 
 def test_a_server_needs_a_registry_or_a_repository(tmp_path):

@@ -9,10 +9,11 @@ import time
 import pytest
 
 from noria.errors import ServiceError
-from serving import generation, orders, state
+from serving import generation, orders, repository, state
 from serving.engine import Engine
 from serving.generation import Generation
 from serving.ledger import Ledger
+from serving.repository import START_SECONDS, Repository
 from serving.state import Desired, State
 from serving.sweep import sweep
 
@@ -84,3 +85,47 @@ def test_bundles_that_are_named_new_or_young_stay(tmp_path):
     removed = sweep(tmp_path, {"trips": {2}}, young=600)
     assert sorted(path.name for path in removed) == ["1", "4"]
     assert sorted(path.name for path in (tmp_path / "trips").iterdir() if path.is_dir()) == ["2", "3", "5", "6"]
+
+
+class Growing(threading.Event):
+    """Never set, and with each wait a file has grown."""
+
+    def __init__(self, path, waits):
+        super().__init__()
+        self.path, self.left = path, waits
+
+    def wait(self, timeout=None):
+        if self.left:
+            self.left -= 1
+            self.path.write_bytes(b"m" * (self.path.stat().st_size + 1))
+        return False
+
+
+@pytest.mark.parametrize(("waits", "seconds"), [(3, START_SECONDS), (10**9, 0.1)], ids=["whole soon", "never whole"])
+def test_the_start_waits_for_files_that_are_written_but_not_for_ever(tmp_path, monkeypatch, waits, seconds):
+    monkeypatch.setattr(repository, "START_SECONDS", seconds)
+    source, folder = tmp_path / "models", tmp_path / "serving"
+    for name in ("copied", "growing"):
+        (source / name / "1").mkdir(parents=True)
+        (source / name / "1" / "model.onnx").write_bytes(b"m")
+    Repository(source, folder).start(Growing(source / "growing" / "1" / "model.onnx", waits))
+    asked = state.read(folder / "desired", Desired)
+    assert sorted(asked) == (["copied", "growing"] if waits == 3 else ["copied"])
+    if waits == 3:
+        assert asked["growing"].asked.startswith("1-4-")
+
+
+def test_a_start_with_whole_files_or_none_does_not_wait_and_one_that_is_to_end_neither(tmp_path):
+    source, stop = tmp_path / "models", threading.Event()
+    stop.wait = lambda timeout=None: pytest.fail("it waits")  # type: ignore[method-assign]
+    Repository(None, tmp_path / "none").start(stop)
+    (source / "whole" / "1").mkdir(parents=True)
+    (source / "whole" / "1" / "model.onnx").write_bytes(b"m")
+    os.utime(source / "whole" / "1" / "model.onnx", (1, 1))
+    Repository(source, tmp_path / "serving").start(stop)
+    assert list(state.read(tmp_path / "serving" / "desired", Desired)) == ["whole"]
+    os.utime(source / "whole" / "1" / "model.onnx")
+    stop = threading.Event()
+    stop.set()
+    Repository(source, tmp_path / "other").start(stop)
+    assert not state.read(tmp_path / "other" / "desired", Desired)
