@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from math import prod
 from typing import Any
 
 import orjson
@@ -30,7 +31,8 @@ EXTENSIONS = ["binary_tensor_data"]
 FORM = 'An inference request is {"inputs": [{"name", "datatype", "shape", "data"}, ...]}.'
 MOST_DIMENSIONS = 16
 LARGEST_EMPTY = 2**16
-"""Largest size beside a zero in a shape: such a tensor brings no data that would bound what a graph makes of it."""
+"""What the sizes beside the zeros of a shape may make together: such a tensor brings no data that would bound what a
+graph makes of it, and a sum over the empty dimension makes as much."""
 
 
 class Infer:
@@ -170,8 +172,10 @@ def elements(name: str, shape: list[Any]) -> int:
         if size.__class__ is not int or size < 0:
             raise Refusal(400, f"The input '{name}' has a wrong shape; it is a list of whole numbers from 0.")
         count *= size
-    if count == 0 and max(shape) > LARGEST_EMPTY:
-        raise Refusal(400, f"The input '{name}' is empty; no number of its shape may be above {LARGEST_EMPTY}.")
+    if count == 0 and prod([size for size in shape if size]) > LARGEST_EMPTY:
+        raise Refusal(
+            400, f"The input '{name}' is empty; the other numbers of its shape may make {LARGEST_EMPTY} at most."
+        )
     return count
 
 

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from serving import binary
+from serving import binary, rpc_infer
 from serving.datatypes import NUMPY, to_bytes
 from serving.openapi import plain_example
 from serving.outcome import Outcome
-from serving.tensors import decode_infer
+from serving.tensors import decode_infer, elements
 from serving.wire import Refusal
 
 FLOATS = ("FP16", "FP32", "FP64")
@@ -181,7 +181,7 @@ GOOD = one([1, 2, 3])
         (one([1, 2, 3], shape=(True, 3)), "wrong shape"),
         (one([1, 2, 3], shape=("1", 3)), "wrong shape"),
         (one([1, 2, 3], shape=(1.0, 3)), "wrong shape"),
-        (one([], shape=(0, 10**15)), "no number of its shape"),
+        (one([], shape=(0, 10**15)), "is empty; the other numbers of its shape"),
         (one([1], shape=[1] * 1000), "1000 dimensions"),
         (one([[1, 2], [3]], shape=(1, 3)), "nested otherwise"),
         (one([[1, 2, 3]], shape=(3,)), "nested otherwise|values|shape"),
@@ -253,6 +253,21 @@ def test_scalars_and_empty_tensors(identity_model):
     model = identity_model("FP32", (-1, -1))
     for body, length in ((orjson.dumps(one([], shape=(2, 0))), None), as_bytes([("x", "FP32", [2, 0], b"")])):
         assert decode_infer(body, model, length).rows.tensors["x"].shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(1000, 0, 65536), (2, 0, 32769), (0, 2**62, 2**62), (1000, 0, 0, 66)])
+def test_what_an_empty_tensor_may_become_is_bounded(identity_model, shape):
+    assert elements("x", [2, 0, 32768, 0]) == 0
+    model = identity_model("FP32", (-1,) * len(shape))
+    bodies = [(orjson.dumps(one([], shape=shape)), None), as_bytes([("x", "FP32", list(shape), b"")])]
+    for body, length in bodies:
+        with pytest.raises(Refusal, match="is empty; the other numbers of its shape may make 65536 at most") as caught:
+            decode_infer(body, model, length)
+        assert caught.value.status == 400
+    request = rpc_infer.MESSAGES["ModelInferRequest"]()
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    with pytest.raises(Refusal, match="is empty"):
+        rpc_infer.decode_infer(request, model)
 
 
 @pytest.mark.parametrize("datatype", list(NUMPY))
