@@ -131,7 +131,7 @@ class Log:
         found: dict[str, list[int]] = {}
         with self._lock:  # first: what is handed over meanwhile may count twice, but never not at all
             own = [(one.workload, one.rows) for one in (*self._leaving, *self._segments.values())]
-        names = (path.name.split(".") for path in self.ready_folder.iterdir())
+        names = (path.name.rsplit(".", 3) for path in self.ready_folder.iterdir())
         for workload, rows in (*own, *((workload, int(rows)) for workload, *_, rows in names)):
             count = found.setdefault(workload, [0, 0])
             count[0] += rows

@@ -44,8 +44,8 @@ class Ready:
 
     @classmethod
     def parse(cls, path: Path) -> Ready:
-        """From its name."""
-        workload, source, number, rows = path.name.split(".")
+        """From its name; a model's own may have dots."""
+        workload, source, number, rows = path.name.rsplit(".", 3)
         return cls(path, workload, source, int(number), int(rows))
 
 
@@ -83,7 +83,7 @@ class Drain:
             path.unlink()
             return False
         # A source of its own: later numbers of its writer may be in the lake already.
-        workload, source, number = path.name.split(".")
+        workload, source, number = path.name.rsplit(".", 2)
         path.rename(self.ready_folder / f"{workload}.{source}-{number}.{number}.{rows}")
         return True
 

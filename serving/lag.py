@@ -20,7 +20,7 @@ def handed_over(folder: Path) -> Waiting:
     found: dict[str, tuple[int, int, float]] = {}
     for path in (folder / "ready").glob("*"):
         with suppress(FileNotFoundError):  # it went into the lake meanwhile
-            workload, *_, rows = path.name.split(".")
+            workload, *_, rows = path.name.rsplit(".", 3)
             before = found.get(workload, (0, 0, float("inf")))
             found[workload] = before[0] + int(rows), before[1] + 1, min(before[2], path.stat().st_mtime)
     return found

@@ -61,7 +61,7 @@ class ShadowCounts:
 
 def _segments(folder: Path, workload: str) -> Iterator[Path]:
     yield from (folder / "waiting" / workload).glob("*")
-    yield from (path for path in (folder / "taken").glob("*") if path.name.split(".")[0] == workload)
+    yield from (path for path in (folder / "taken").glob("*") if path.name.rsplit(".", 3)[0] == workload)
 
 
 def _rise(now: int, before: int) -> int:

@@ -1,0 +1,96 @@
+"""The drain where something goes wrong: a fault stays with its own segments, and nothing is lost or written twice."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from noria.lake import Lake
+from noria.records import Window
+from serving import shadow_state
+from serving.capture import Log
+from serving.drain import ANY, Drain
+from serving.entries import Entry
+from serving.ids import Ids, expand
+from serving.lag import handed_over
+from serving.metrics import Metrics
+from serving.shadow_counts import ShadowCounts
+from serving.shadow_state import Reached
+
+EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
+IDS = Ids(b"k" * 32, 1)
+MOMENT = 1_600_000_000_000_000
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "log", str(tmp_path / "lake")
+
+
+@pytest.fixture
+def numbers(identity_model):
+    """Three numbers in, the same out."""
+    return identity_model("FP32")
+
+
+def put(log, model, values, workload="same"):
+    """Log a run of a plain model; returns its ids."""
+    base = IDS.base(workload, len(values))
+    entry = Entry(base, len(values), {"x": values}, {"y": values}, MOMENT, [], 0.5)
+    assert log.predictions(replace(model, workload=workload), [entry])
+    return list(expand(base, len(values)))
+
+
+def end(log):
+    """Let go of the open segments, as the kernel does when a process is killed."""
+    while log._segments:
+        os.close(log._segments.popitem()[1].descriptor)
+
+
+def floats(rows, width=3):
+    return np.full((rows, width), 0.75, np.float32)
+
+
+def logged(place, workload="same"):
+    return Lake(place[1], workload, ANY).predictions(EVER)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_model_may_have_dots_in_its_name(place, numbers, tmp_path):
+    log = Log(place[0], "one")
+    ids = put(log, numbers, floats(2), "resnet.v2")
+    assert log.pending() == {"resnet.v2": (2, 1)}
+    log.rotate()
+    assert log.pending() == {"resnet.v2": (2, 1)}
+    assert handed_over(place[0])["resnet.v2"][:2] == (2, 1)
+    put(log, numbers, floats(1), "zeta")
+    log.rotate()
+    assert Drain(*place).step() == 3
+    assert sorted(logged(place, "resnet.v2").column("prediction_id").to_pylist()) == sorted(ids)
+    assert len(logged(place, "zeta")) == 1
+
+
+def test_what_a_shadow_is_scoring_counts_for_a_name_with_dots(tmp_path):
+    (tmp_path / "shadow" / "taken").mkdir(parents=True)
+    (tmp_path / "shadow" / "taken" / "trips.v2.one.000000001.5").touch()
+    shadow_state.write(tmp_path / "shadow" / "state.json", {"trips.v2": Reached(2, "a", "shadowing")})
+    metrics = Metrics()
+    ShadowCounts(tmp_path).look(metrics)
+    assert metrics.numbers()["noria_shadow_pending_rows"]["trips.v2",] == [5]
+
+
+def test_an_open_segment_of_a_model_with_dots_is_adopted(place, numbers):
+    log = Log(place[0], "one")
+    ids = put(log, numbers, floats(2), "resnet.v2")
+    drain = Drain(*place)
+    assert drain.step() == 0  # its writer lives
+    end(log)
+    assert drain.step() == 2
+    assert sorted(logged(place, "resnet.v2").column("prediction_id").to_pylist()) == sorted(ids)
