@@ -65,7 +65,8 @@ def _drain_rest(drain: Drain) -> None:
     while time.monotonic() < deadline:
         try:
             drain.step()
-            return
+            if not drain.failing:
+                return
         except Exception:
             logger.exception("The last log rows do not reach the lake; trying again.")
-            time.sleep(1)
+        time.sleep(1)

@@ -20,6 +20,7 @@ from typing import IO
 import pyarrow as pa
 
 from noria.column import Column
+from noria.errors import NoriaError
 from noria.lake import Lake
 from noria.schema import Schema
 from serving.segment import Logged, Tables, lines_of, read
@@ -63,6 +64,10 @@ class Drain:
         self.open_folder, self.ready_folder = folder / "open", folder / "ready"
         self.broken_folder = folder / "broken"
         self.lake = lake
+        self.failing: dict[str, str] = {}
+        """What the last step could not move, and why; it is tried again."""
+        self._failed: dict[str, str] = {}
+        """The same of the step before: a fault is logged once while it lasts."""
         self._known: dict[tuple[str, Logged, str], int] = {}
         self._appends = 0
         for each in (self.open_folder, self.ready_folder):
@@ -72,14 +77,18 @@ class Drain:
         """Make segments ready whose writer has ended; returns how many."""
         adopted = 0
         for path in sorted(self.open_folder.iterdir()):
-            with suppress(FileNotFoundError), path.open("rb") as file:  # its writer hands it over meanwhile
-                if _locked(file):  # held until the file is renamed: a writer that just made it takes another one
-                    adopted += self._adopt(path, file.read())
+            try:
+                with suppress(FileNotFoundError), path.open("rb") as file:  # its writer hands it over meanwhile
+                    if _locked(file):  # held until the file is renamed: a writer that just made it takes another one
+                        adopted += self._adopt(path, file.read())
+            except Exception as error:
+                self._fail(path.name, error)
         return adopted
 
     def _adopt(self, path: Path, content: bytes) -> bool:
-        rows = sum(len(line["t"]) for line in lines_of(content)[0] if "t" in line)
-        if not rows:
+        lines, broken = lines_of(content)
+        rows = sum(len(line["t"]) for line in lines if "t" in line)
+        if not rows and not broken:
             path.unlink()
             return False
         # A source of its own: later numbers of its writer may be in the lake already.
@@ -88,15 +97,38 @@ class Drain:
         return True
 
     def step(self) -> int:
-        """Append what is ready and remove it; returns the rows that were moved."""
+        """Append what is ready and remove it; returns the rows that were moved.
+
+        Where a segment fails, those of its workload and source that come behind it wait, for the lake takes a lower
+        number for a repetition; all others go on.
+        """
+        self._failed, self.failing = self.failing, {}
         self.adopt()
-        ready = sorted((Ready.parse(path) for path in self.ready_folder.iterdir()), key=_order)
         moved = 0
-        for _, group in groupby(ready, key=lambda segment: (segment.workload, segment.source)):
-            for part in _parts(group):
-                self._move(part)
-                moved += sum(segment.rows for segment in part)
+        for (workload, source), group in groupby(sorted(self._ready(), key=_order), key=_writer):
+            try:
+                for part in _parts(group):
+                    self._move(part)
+                    moved += sum(segment.rows for segment in part)
+            except Exception as error:  # whatever the lake raises
+                self._fail(f"{workload}.{source}", error)
         return moved
+
+    def _ready(self) -> list[Ready]:
+        found = []
+        for path in self.ready_folder.iterdir():
+            try:
+                found.append(Ready.parse(path))
+            except ValueError:
+                self.broken_folder.mkdir(exist_ok=True)
+                path.rename(self.broken_folder / path.name)
+                logger.error("%s is no name of a log segment; the file is now in %s.", path.name, self.broken_folder)
+        return found
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if self._failed.get(name) != str(error):
+            logger.exception("The log of %s does not reach the lake; it is tried again.", name)
+        self.failing[name] = str(error)
 
     def _move(self, segments: Sequence[Ready]) -> None:
         """Segments of one workload and source, in order: append, then remove. Raises what the lake raises."""
@@ -130,9 +162,18 @@ class Drain:
             lake.compact(*TABLES)
 
     def _read(self, segment: Ready) -> Tables:
+        content = segment.path.read_bytes()
         try:
-            tables, broken = read(segment.path.read_bytes())
-        except (ValueError, KeyError, TypeError, OverflowError, pa.ArrowException) as error:
+            tables, broken = read(content)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            NoriaError,
+            pa.ArrowException,
+        ) as error:
             self._set_aside(segment, f"{type(error).__name__}: {error}")
             return {}
         if broken:
@@ -155,6 +196,10 @@ def _locked(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _writer(segment: Ready) -> tuple[str, str]:
+    return segment.workload, segment.source
 
 
 def _order(segment: Ready) -> tuple[str, str, int]:

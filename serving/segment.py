@@ -127,19 +127,24 @@ def lines_of(content: bytes) -> tuple[list[dict[str, Any]], int]:
     """The lines of a segment with the bytes that belong to them, and how many cannot be read besides a torn end."""
     lines, broken, start, whole = [], 0, 0, memoryview(content)
     while (end := content.find(b"\n", start)) >= 0:
+        behind, start = start, end + 1
         try:
-            line = orjson.loads(whole[start:end])
-        except orjson.JSONDecodeError:
-            broken += 1
-            start = end + 1
-            continue
-        start = end + 1
-        spread(line)
-        if "raw" in line:
-            tail = whole[start : start + line["raw"]]
-            if len(tail) < line["raw"]:
+            line = _line(whole[behind:end])
+            size = line.get("raw", 0)
+            if len(content) < start + size:
                 break
-            start += line["raw"]
-            line = unpack(line, tail)
-        lines.append(line)
+            lines.append(unpack(line, whole[start : start + size]) if "raw" in line else line)
+        except (LookupError, TypeError, ValueError):  # bytes of a tensor, too, where the line before them is damaged
+            broken += 1
+        else:
+            start += size
     return lines, broken
+
+
+def _line(content: memoryview) -> dict[str, Any]:
+    """Raises ValueError or TypeError where it is no line of the log."""
+    line = orjson.loads(content)
+    if not isinstance(line, dict) or not isinstance(line.get("t", []), list) or line.get("raw", 0) < 0:
+        raise ValueError("no line of the log")
+    spread(line)
+    return line

@@ -94,3 +94,82 @@ def test_an_open_segment_of_a_model_with_dots_is_adopted(place, numbers):
     end(log)
     assert drain.step() == 2
     assert sorted(logged(place, "resnet.v2").column("prediction_id").to_pylist()) == sorted(ids)
+
+
+def test_a_fault_holds_up_its_own_segments_only_and_is_logged_once(place, numbers, tmp_path, caplog):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    ids = []
+    for workload in ("same", "zeta"):
+        for _ in range(2):
+            ids += put(log, numbers, floats(2), workload)
+            log.rotate()
+    (tmp_path / "lake").mkdir()
+    (tmp_path / "lake" / "same").write_text("no table can be made here")
+    assert drain.step() == 4
+    assert sorted(logged(place, "zeta").column("prediction_id").to_pylist()) == sorted(ids[4:])
+    assert list(drain.failing) == ["same.one"]
+    assert [path.rsplit(".", 3)[0] for path in names(place[0] / "ready")] == ["same", "same"], (
+        "tried again, not set aside"
+    )
+    assert not names(place[0] / "broken")
+    drain.step()
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "same.one" in record.message
+    (tmp_path / "lake" / "same").unlink()
+    assert drain.step() == 4
+    assert not drain.failing
+    assert sorted(logged(place).column("prediction_id").to_pylist()) == sorted(ids[:4])
+
+
+def test_a_file_that_is_no_segment_holds_up_nothing(place, numbers):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    put(log, numbers, floats(2))
+    log.rotate()
+    (place[0] / "ready" / "notes.txt").write_text("what is this")
+    assert drain.step() == 2
+    assert names(place[0] / "broken") == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b"abc\n7\nxyz", b"abc\n[1]\nxyz", b'a\n{"t":7}\nb', b'a\n{"raw":-9}\nb', b'a\n{"raw":1}\nb', b'a\n{"n":[1]}\nb',
+     b'a\n{"v":1,"t":[1],"raw":"x"}\nb'],
+    ids=str,
+)  # fmt: skip
+def test_an_open_segment_whose_first_page_did_not_reach_the_disk_is_kept_for_a_person(
+    place, numbers, identity_model, tail
+):
+    pixels = identity_model("UINT8", (-1, 8192))
+    log, drain = Log(place[0], "one"), Drain(*place)
+    put(log, pixels, np.frombuffer((tail * 8192)[:8192], np.uint8).reshape(1, 8192))
+    path = log._segments["same"].path
+    path.write_bytes(bytes(4096) + path.read_bytes()[4096:])
+    end(log)
+    other = Log(place[0], "two")
+    put(other, numbers, floats(3), "zeta")
+    other.rotate()
+    drain.step()
+    assert len(logged(place, "zeta")) == 3
+    assert not drain.failing
+    assert not names(place[0] / "open")
+    assert not names(place[0] / "ready")
+    (kept,) = (place[0] / "broken").iterdir()
+    assert kept.stat().st_size > 8192
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b'{"h":1,"schema":[]}', b'{"h":1,"schema":{"columns":[],"event_time":"t","target":"y"}}',
+     b'{"h":1,"plain":{"inputs":[["x","FP32"]],"outputs":[]}}', b'{"h":1,"plain":{"inputs":7}}'],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_header_sets_its_segment_aside(place, numbers, header):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    put(log, numbers, floats(2))
+    log.rotate()
+    path = place[0] / "ready" / "same.a.000000001.1"
+    path.write_bytes(header + b'\n{"v":1,"i":["a"],"n":[1],"ms":[1],"t":[1],"in":[],"out":[]}\n')
+    drain.step()
+    assert len(logged(place)) == 2
+    assert names(place[0] / "broken") == [path.name]
+    assert not names(place[0] / "ready")
