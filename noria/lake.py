@@ -51,19 +51,24 @@ class Lake:
         """Where a table lies."""
         return f"{self.root}/{self.workload}/{table}"
 
-    def append(self, table: Table, rows: pa.Table, *, batch: tuple[str, int] | None = None) -> bool:
+    def append(
+        self, table: Table, rows: pa.Table, *, batch: tuple[str, int] | None = None, after: int | None = None
+    ) -> bool:
         """Append rows in one atomic commit.
 
         `batch` names them (source, increasing number): a batch that was appended before is not appended again, so a
-        writer that was killed may repeat itself. Returns whether rows were written.
+        writer that was killed may repeat itself. Where they are several batches in one, `after` is the last number
+        before them: some of them are in the lake already when it has moved. Returns whether rows were written.
         """
         if not len(rows) and batch is None:
             return False
         failed = 0
         while True:
             opened = self._open(table)
-            if batch is not None and _appended(opened, batch[0]) >= batch[1]:
-                return False
+            if batch is not None:
+                last = _appended(opened, batch[0])
+                if last >= batch[1] or after not in (None, last):
+                    return False
             try:
                 self._commit(table, opened, rows, batch)
                 return True

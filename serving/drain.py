@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from serving.segment import Logged, Tables, lines_of, read
 MOST_ROWS, MOST_BYTES = 100_000, 2**26
 """Rows, and bytes of segments, that one append takes, about."""
 COMPACT_AFTER = 50
-"""Appends between two looks at whether the tables have too many small files."""
+"""Appends to a table between two looks at whether it has too many small files."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Drain:
         self._failed: dict[str, str] = {}
         """The same of the step before: a fault is logged once while it lasts."""
         self._known: dict[tuple[str, Logged, str], int] = {}
-        self._appends = 0
+        self._appends: Counter[tuple[str, Logged]] = Counter()
         for each in (self.open_folder, self.ready_folder):
             each.mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +106,7 @@ class Drain:
         self._failed, self.failing = self.failing, {}
         self.adopt()
         moved = 0
-        for (workload, source), group in groupby(sorted(self._ready(), key=_order), key=_writer):
+        for (workload, source), group in groupby(self._whole(), key=_writer):
             try:
                 for part in _parts(group):
                     self._move(part)
@@ -113,6 +114,14 @@ class Drain:
             except Exception as error:  # whatever the lake raises
                 self._fail(f"{workload}.{source}", error)
         return moved
+
+    def _whole(self) -> list[Ready]:
+        """What is ready, in order. A long listing is no picture of a moment: it may have a segment and not the one that
+        its writer handed over before. A second one has all that come before the last that the first one saw."""
+        seen: dict[tuple[str, str], int] = {}
+        for segment in self._ready():
+            seen[_writer(segment)] = max(segment.number, seen.get(_writer(segment), 0))
+        return sorted((one for one in self._ready() if one.number <= seen.get(_writer(one), -1)), key=_order)
 
     def _ready(self) -> list[Ready]:
         found = []
@@ -147,19 +156,19 @@ class Drain:
         key, lake = (workload, table, source), Lake(self.lake, workload, ANY)
         if key not in self._known:
             self._known[key] = lake.appended(table, source)
-        parts = [
-            (number, tables[table])
-            for number, tables in contents.items()
-            if number > self._known[key] and table in tables
-        ]
+        known = self._known[key]
+        parts = {number: tables[table] for number, tables in contents.items() if number > known and table in tables}
         if not parts:
             return
-        rows = pa.concat_tables([part for _, part in parts], promote_options="permissive")
-        lake.append(table, rows, batch=(source, parts[-1][0]))
-        self._known[key] = parts[-1][0]
-        self._appends += 1
-        if self._appends % COMPACT_AFTER == 0:
-            lake.compact(*TABLES)
+        rows = pa.concat_tables(parts.values(), promote_options="permissive")
+        if not lake.append(table, rows, batch=(source, max(parts)), after=known):
+            del self._known[key]  # another process drains this log, too; what it left is cut anew
+            self._append(table, segments, contents)
+            return
+        self._known[key] = max(parts)
+        self._appends[workload, table] += 1
+        if self._appends[workload, table] % COMPACT_AFTER == 0:
+            lake.compact(table)
 
     def _read(self, segment: Ready) -> Tables:
         content = segment.path.read_bytes()

@@ -7,6 +7,7 @@ open. Not here: how a segment goes into the lake exactly once (`serving.drain`).
 from __future__ import annotations
 
 import fcntl
+import threading
 import time
 from pathlib import Path
 
@@ -21,23 +22,27 @@ class NodeDrain:
         self._drain: Drain | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "drain.lock").open("w")
+        self._stepping = threading.Lock()
+        """A task that is cancelled leaves its step running in a thread, and `finish` comes beside it."""
 
-    def step(self) -> None:
-        """Drain once, unless another replica of this node does."""
-        if self._drain is None and not self._take_over():
-            return
-        assert self._drain is not None
-        self._drain.step()
+    def step(self) -> bool:
+        """Drain once, unless another replica of this node does; returns whether it was this one's to do."""
+        with self._stepping:
+            if self._lock.closed or (self._drain is None and not self._take_over()):
+                return False
+            assert self._drain is not None
+            self._drain.step()
+            return True
 
     def finish(self, seconds: float) -> None:
         """The last time: also what this replica handed over just now, when nobody else lives to drain it."""
         deadline = time.monotonic() + seconds
-        while self._drain is None and not self._take_over():
+        while not self.step():
             if time.monotonic() > deadline or not any((self.folder / "ready").iterdir()):
                 return  # empty, or another replica is at it
             time.sleep(0.1)
-        self.step()
-        self._lock.close()
+        with self._stepping:
+            self._lock.close()
 
     def _take_over(self) -> bool:
         try:

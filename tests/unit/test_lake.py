@@ -156,5 +156,7 @@ def test_a_named_batch_is_appended_once(lake: Lake) -> None:
     assert not lake.append("records", records(3), batch=("server", 7))
     assert not lake.append("records", records(3), batch=("server", 6))
     assert lake.append("records", records(3), batch=("other", 0))
+    assert not lake.append("records", records(3), batch=("server", 9), after=6), "7 is among them, and there already"
+    assert not lake.append("records", records(3), batch=("server", 9), after=-1)
     assert (lake.appended("records", "server"), lake.appended("records", "nobody")) == (7, -1)
     assert len(lake.records(WEEK)) == 6

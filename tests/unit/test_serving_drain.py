@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from noria import lake as lake_module
 from noria.lake import Lake
 from noria.records import Window
+from serving import drain as drain_module
 from serving import shadow_state
 from serving.capture import Log
 from serving.drain import ANY, Drain
@@ -18,6 +22,7 @@ from serving.entries import Entry
 from serving.ids import Ids, expand
 from serving.lag import handed_over
 from serving.metrics import Metrics
+from serving.node_drain import NodeDrain
 from serving.shadow_counts import ShadowCounts
 from serving.shadow_state import Reached
 
@@ -119,6 +124,90 @@ def test_a_fault_holds_up_its_own_segments_only_and_is_logged_once(place, number
     assert drain.step() == 4
     assert not drain.failing
     assert sorted(logged(place).column("prediction_id").to_pylist()) == sorted(ids[:4])
+
+
+@pytest.mark.parametrize("late", [1, 2], ids=["the first listing", "the second listing"])
+def test_a_listing_that_lacks_a_segment_and_has_the_next_loses_nothing(place, numbers, monkeypatch, late):
+    """As one does that takes several calls of the system while a writer hands segments over."""
+    log, drain, ids, listings = Log(place[0], "one"), Drain(*place), [], []
+    listed = Path.iterdir
+
+    def hand_over():
+        ids.extend(put(log, numbers, floats(2)))
+        log.rotate()
+
+    def passing(folder):
+        found = list(listed(folder))
+        if folder == drain.ready_folder:
+            listings.append(folder)
+            if len(listings) == late:
+                hand_over()  # behind what was passed already
+                here = set(listed(folder))
+                hand_over()
+                found += set(listed(folder)) - here
+        return iter(found)
+
+    hand_over()
+    monkeypatch.setattr(Path, "iterdir", passing)
+    drain.step()
+    drain.step()
+    drain.step()
+    assert sorted(logged(place).column("prediction_id").to_pylist()) == sorted(ids)
+    assert len(ids) == 6
+
+
+def test_two_drains_of_one_log_write_its_rows_once(place, numbers):
+    log, one, other = Log(place[0], "one"), Drain(*place), Drain(*place)
+    ids, kept = [], {}
+    for drain in (one, other):
+        ids += put(log, numbers, floats(2))
+        log.rotate()
+        kept |= {path.name: path.read_bytes() for path in one.ready_folder.iterdir()}
+        drain.step()
+    ids += put(log, numbers, floats(2))
+    log.rotate()
+    for name, content in kept.items():  # listed and read by the first before the second removed it
+        (one.ready_folder / name).write_bytes(content)
+    one.step()
+    rows = Lake(place[1], "same", ANY)._read("predictions", None, None, "event_time")
+    assert sorted(rows.column("prediction_id").to_pylist()) == sorted(ids)
+
+
+def test_a_node_is_drained_by_one_thread_at_a_time(place, numbers):
+    """What a replica does at its end, while the thread of a cancelled step goes on."""
+    log, node, ids = Log(place[0], "one"), NodeDrain(*place), []
+    for _ in range(5):
+        for _ in range(3):
+            ids += put(log, numbers, floats(2))
+            log.rotate()
+        threads = [threading.Thread(target=node.step) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    ids += put(log, numbers, floats(2))
+    log.rotate()
+    late = threading.Thread(target=node.step)
+    late.start()
+    node.finish(20)
+    late.join()
+    assert not names(place[0] / "ready")
+    rows = Lake(place[1], "same", ANY)._read("predictions", None, None, "event_time")
+    assert sorted(rows.column("prediction_id").to_pylist()) == sorted(ids)
+
+
+def test_each_table_is_compacted_after_so_many_appends_of_its_own(place, numbers, monkeypatch):
+    monkeypatch.setattr(drain_module, "COMPACT_AFTER", 4)
+    monkeypatch.setattr(lake_module, "COMPACT_EVERY", 4)
+    log, drain = Log(place[0], "one"), Drain(*place)
+    for _ in range(4):
+        put(log, numbers, floats(1))
+        put(log, numbers, floats(1), "zeta")
+        log.rotate()
+        drain.step()
+    for workload in ("same", "zeta"):
+        versions = Lake(place[1], workload, ANY).versions()
+        assert versions["predictions"] == 4, "four appends and a compaction"
 
 
 def test_a_file_that_is_no_segment_holds_up_nothing(place, numbers):
