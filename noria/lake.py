@@ -16,13 +16,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
+from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from noria.durable import commit_file, settle
 from noria.errors import LakeError
 from noria.records import DatasetRef, Window
 from noria.schema import ARROW, Schema
@@ -32,7 +35,8 @@ TABLES: tuple[Table, ...] = ("records", "predictions", "labels")
 """The tables that training data comes from."""
 COMPACT_EVERY = 50
 """Small files that a table may gather before an append compacts it."""
-CONFIGURATION = {"delta.checkpointInterval": "10"}
+CHECKPOINT_EVERY = 10
+CONFIGURATION = {"delta.checkpointInterval": str(CHECKPOINT_EVERY)}
 """Of a new table. Opening one reads every commit since its last checkpoint, all at once and each in a thread: with
 deltalake's 100 an append of few rows takes twice the processor time, and the process has 50 threads more."""
 ATTEMPTS = 20
@@ -97,6 +101,21 @@ class Lake:
     def appended(self, table: Table, source: str) -> int:
         """The number of the last batch that `source` appended; -1 when there is none."""
         return _appended(self._open(table), source)
+
+    def sync(self, table: Table, after: int = -1) -> int:
+        """Bring the table's versions behind `after`, which this returned the last time, onto the disk itself, where the
+        lake is a folder: so they outlive a power cut. Returns the last one. The first time, those that an ended writer
+        may have left are taken along."""
+        address = self.address(table)
+        local = url2pathname(address.removeprefix("file://")) if address.startswith("file://") else address
+        if "://" in local:
+            return -1
+        folder, last = Path(local), -1
+        if not commit_file(folder, after).exists():
+            opened = self._open(table)
+            last = opened.version() if opened else -1
+            after = max(last - CHECKPOINT_EVERY, -1)
+        return settle(folder, after, last)
 
     def compact(self, *tables: Table) -> None:
         """Merge small files where they have become many; readers and earlier versions are not disturbed."""

@@ -70,6 +70,8 @@ class Drain:
         self._failed: dict[str, str] = {}
         """The same of the step before: a fault is logged once while it lasts."""
         self._known: dict[tuple[str, Logged, str], int] = {}
+        self._synced: dict[tuple[str, Logged], int] = {}
+        """The version of each table up to which it lies on the disk itself."""
         self._appends: Counter[tuple[str, Logged]] = Counter()
         for each in (self.open_folder, self.ready_folder):
             each.mkdir(parents=True, exist_ok=True)
@@ -140,10 +142,13 @@ class Drain:
         self.failing[name] = str(error)
 
     def _move(self, segments: Sequence[Ready]) -> None:
-        """Segments of one workload and source, in order: append, then remove. Raises what the lake raises."""
+        """Segments of one workload and source, in order: append, sync, then remove. Raises what the lake raises."""
         contents = {segment.number: self._read(segment) for segment in segments}
         for table in TABLES:
             self._append(table, segments, contents)
+        for table in {table for tables in contents.values() for table in tables}:
+            place = segments[0].workload, table
+            self._synced[place] = Lake(self.lake, place[0], ANY).sync(table, self._synced.get(place, -1))
         for segment in segments:
             if "predictions" in contents[segment.number]:
                 self.offer(segment.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -194,6 +195,58 @@ def test_a_node_is_drained_by_one_thread_at_a_time(place, numbers):
     assert not names(place[0] / "ready")
     rows = Lake(place[1], "same", ANY)._read("predictions", None, None, "event_time")
     assert sorted(rows.column("prediction_id").to_pylist()) == sorted(ids)
+
+
+@pytest.fixture
+def synced(place, monkeypatch):
+    """What was synced while segments were still there, by path below the lake; how many they were."""
+    found: dict[str, int] = {}
+    sync = os.fsync
+
+    def noted(descriptor):
+        sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        found[os.path.relpath(path, place[1])] = len(names(place[0] / "ready"))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_rows_are_on_the_disk_before_their_segment_is_removed(place, numbers, synced):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    table = Path(place[1]) / "same" / "predictions"
+    known = set()
+    for number in range(12):
+        put(log, numbers, floats(1))
+        log.rotate()
+        synced.clear()
+        drain.step()
+        new = {str(path.relative_to(place[1])) for path in table.rglob("*") if path.is_file()} - known
+        assert new <= synced.keys(), "the rows, the commit, the checkpoint"
+        assert {"same/predictions", "same/predictions/_delta_log"} <= synced.keys()
+        assert ({"..", ".", "same"} <= synced.keys()) == (number == 0), "folders that are new are in their folders"
+        assert set(synced.values()) == {1}
+        assert len(synced) < 10
+        known |= new
+    assert not names(place[0] / "ready")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_rows_that_a_killed_drain_appended_are_synced_by_the_next_one(place, numbers, synced):
+    log = Log(place[0], "one")
+    put(log, numbers, floats(1))
+    log.rotate()
+    kept = {path: path.read_bytes() for path in (place[0] / "ready").iterdir()}
+    Drain(*place).step()
+    for path, content in kept.items():  # as if it had been killed behind the commit
+        path.write_bytes(content)
+    synced.clear()
+    Drain(*place).step()
+    rows = [path for path in synced if path.endswith(".parquet")]
+    assert len(rows) == 1
+    assert "same/predictions/_delta_log/00000000000000000000.json" in synced
+    assert not names(place[0] / "ready")
 
 
 def test_each_table_is_compacted_after_so_many_appends_of_its_own(place, numbers, monkeypatch):
