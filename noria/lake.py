@@ -66,6 +66,8 @@ class Lake:
         """
         if not len(rows) and batch is None:
             return False
+        if table == "labels":  # as tables are read, the newest commit first: so the first of equal times is the last
+            rows = rows.take(pa.array(range(len(rows) - 1, -1, -1), pa.int64()))
         failed = 0
         while True:
             opened = self._open(table)

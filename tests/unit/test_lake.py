@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
 from noria.errors import LakeError
 from noria.lake import COMPACT_EVERY, Lake
@@ -136,6 +137,21 @@ def test_the_newest_label_wins_as_of_a_time(lake: Lake) -> None:
         for days in range(4)
     }
     assert seen == {0: {}, 1: {"a": 1.0}, 2: {"a": 2.0}, 3: {"a": 3.0, "b": 4.0}}
+
+
+def test_of_labels_with_the_same_time_the_later_one_wins(lake: Lake) -> None:
+    lake.append("predictions", predictions(["a"]))
+    seen = []
+    for number in range(12):
+        values = [number + part / 10 for part in range(3)]
+        times = pa.array([MONDAY] * 3, pa.timestamp("us", tz="UTC"))
+        lake.append("labels", pa.table({"prediction_id": ["a"] * 3, "label": values, "arrived": times}))
+        seen += lake.judged(WEEK, LATER).column("label").to_pylist()
+    assert seen == [number + 0.2 for number in range(12)], "of one append, and of several"
+    opened = DeltaTable(lake.address("labels"))
+    opened.optimize.compact()
+    assert len(DeltaTable(lake.address("labels")).file_uris()) == 1
+    assert lake.judged(WEEK, LATER).column("label").to_pylist() == [11.2]
 
 
 def test_records_without_a_label_are_no_training_rows(lake: Lake) -> None:
