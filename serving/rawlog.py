@@ -1,8 +1,8 @@
 """How a plain model's answered rows lie in the log, and what the lake keeps of them.
 
 The tensors' bytes, behind the line: decimal digits of a thousand numbers would cost more than the model. In the lake
-each input is a column `input_NAME`, each output `output_NAME`: one value a row, or a list where a row has more
-(row-major).
+each input is a column `input_NAME`, each output `output_NAME`: one value a row, or a list where a row has or
+may have more (row-major).
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ SIGNED = {
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """What a segment says about the model once, so that it can be read by itself."""
+    """What a segment says about the model once, so that it can be read by itself: of each tensor its name, datatype and
+    the shape of a row."""
     return {
-        kind: [[one.name, one.datatype] for one in tensors]
+        kind: [[one.name, one.datatype, one.shape[1:] if model.batched else one.shape] for one in tensors]
         for kind, tensors in (("inputs", model.inputs), ("outputs", model.outputs))
     }
 
@@ -67,16 +68,21 @@ def unpack(line: dict[str, Any], tail: memoryview) -> dict[str, Any]:
     return line
 
 
-def columns(lines: Sequence[Mapping[str, Any]], described: Mapping[str, Any], rows: int) -> dict[str, pa.Array]:
-    """The lake's columns for lines of one version that hold `rows` rows together."""
+def columns(lines: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """The lake's columns for lines of one version."""
     found = {}
     for kind, key in (("inputs", "in"), ("outputs", "out")):
-        for index, (name, datatype) in enumerate(described[kind]):
-            found[f"{kind[:-1]}_{name}"] = _column([line[key][index] for line in lines], datatype, lines, rows)
+        for index, (name, datatype, *shape) in enumerate(described[kind]):
+            flat, widths = _values([line[key][index] for line in lines], datatype, lines)
+            offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int32)
+            # Segments from before shapes were noted have none; rows that may have more values are lists even with one.
+            single = (not shape or set(shape[0]) <= {1}) and (widths == 1).all() and len(flat) == offsets[-1]
+            found[f"{kind[:-1]}_{name}"] = flat if single else pa.ListArray.from_arrays(pa.array(offsets), flat)
     return found
 
 
-def _column(packed: Sequence[Any], datatype: str, lines: Sequence[Mapping[str, Any]], rows: int) -> pa.Array:
+def _values(packed: Sequence[Any], datatype: str, lines: Sequence[Mapping[str, Any]]) -> tuple[pa.Array, np.ndarray]:
+    """All values, and how many each row has."""
     if datatype == "BYTES":
         parts = [np.array(values, np.object_) for values in packed]
         flat = pa.array(np.concatenate(parts), pa.string())
@@ -85,10 +91,7 @@ def _column(packed: Sequence[Any], datatype: str, lines: Sequence[Mapping[str, A
         flat = pa.array(np.concatenate(parts))
         if datatype in SIGNED:
             flat = flat.cast(SIGNED[datatype])
-    if len(flat) == rows and all(len(part) == len(line["t"]) for part, line in zip(parts, lines, strict=True)):
-        return flat
     widths = np.concatenate([
         np.full(len(line["t"]), len(part) // len(line["t"]), np.int64) for part, line in zip(parts, lines, strict=True)
     ])  # fmt: skip
-    offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), flat)
+    return flat, widths

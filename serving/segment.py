@@ -76,7 +76,7 @@ def _plain(lines: Sequence[dict[str, Any]], version: int, described: Mapping[str
         "version": pa.array([version] * len(ids), pa.int64()),
         "latency_ms": _latencies(lines),
     }
-    return pa.table({**own, **columns(lines, described, len(ids))})
+    return pa.table({**own, **columns(lines, described)})
 
 
 def _ids(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -315,3 +315,44 @@ def test_a_damaged_header_sets_its_segment_aside(place, numbers, header):
     assert len(logged(place)) == 2
     assert names(place[0] / "broken") == [path.name]
     assert not names(place[0] / "ready")
+
+
+@pytest.mark.parametrize("widths", [(1, 3), (3, 1), (1, 1)])
+def test_rows_that_may_have_any_number_of_values_are_lists_from_the_first_on(place, identity_model, widths):
+    log, drain, ragged = Log(place[0], "one"), Drain(*place), identity_model("FP32", (-1, -1))
+    for width in widths:
+        put(log, ragged, floats(2, width))
+        log.rotate()
+        assert drain.step() == 2
+    rows = logged(place)
+    for name in ("input_x", "output_y"):
+        assert sorted(rows.column(name).to_pylist()) == sorted([0.75] * width for width in widths for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [((-1, 1), 0.75), ((-1,), 0.75), ((-1, 1, 1), 0.75), ((-1, 2), [0.75] * 2), ((1, 1), 0.75), ((5,), [0.75] * 5),
+     ((1, 5), [0.75] * 5)],
+    ids=str,
+)  # fmt: skip
+def test_a_row_of_one_value_is_no_list(place, identity_model, shape, value):
+    log, model = Log(place[0], "one"), identity_model("FP32", shape)
+    values = np.full([1 if size < 0 else size for size in shape], 0.75, np.float32)
+    entry = Entry(IDS.base("same", 1), 1, {"x": values}, {"y": values}, MOMENT, [], 0.5)
+    assert log.predictions(model, [entry])
+    log.rotate()
+    assert Drain(*place).step() == 1
+    assert logged(place).column("input_x").to_pylist() == logged(place).column("output_y").to_pylist() == [value]
+
+
+@pytest.mark.parametrize(("width", "value"), [(1, 0.75), (2, [0.75, 0.75])])
+def test_a_segment_from_before_shapes_were_noted_is_read_by_its_rows(place, identity_model, width, value):
+    log = Log(place[0], "one")
+    put(log, identity_model("FP32", (-1, width)), floats(1, width))
+    log.rotate()
+    (path,) = (place[0] / "ready").iterdir()
+    noted = f'"FP32",[{width}]]'.encode()
+    assert path.read_bytes().count(noted) == 2
+    path.write_bytes(path.read_bytes().replace(noted, b'"FP32"]'))
+    assert Drain(*place).step() == 1
+    assert logged(place).column("input_x").to_pylist() == [value]
