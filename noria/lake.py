@@ -29,6 +29,7 @@ from noria.durable import commit_file, settle
 from noria.errors import LakeError
 from noria.records import DatasetRef, Window
 from noria.schema import ARROW, Schema
+from noria.widen import widened
 
 Table = Literal["records", "predictions", "labels", "shadow"]
 TABLES: tuple[Table, ...] = ("records", "predictions", "labels")
@@ -63,6 +64,9 @@ class Lake:
         `batch` names them (source, increasing number): a batch that was appended before is not appended again, so a
         writer that was killed may repeat itself. Where they are several batches in one, `after` is the last number
         before them: some of them are in the lake already when it has moved. Returns whether rows were written.
+
+        Raises:
+            LakeError: the table's columns cannot take the rows as they are; nothing was written.
         """
         if not len(rows) and batch is None:
             return False
@@ -75,8 +79,10 @@ class Lake:
                 last = _appended(opened, batch[0])
                 if last >= batch[1] or after not in (None, last):
                     return False
+            columns = pa.schema(opened.schema().to_arrow() if opened else rows.schema)
+            fitting = widened(rows, columns, self.address(table))
             try:
-                self._commit(table, opened, rows, batch)
+                self._commit(table, opened, fitting, batch)
                 return True
             except DeltaError as error:
                 # Another writer made the table, gave it a column or wrote this very batch since it was opened.

@@ -21,7 +21,7 @@ from typing import IO
 import pyarrow as pa
 
 from noria.column import Column
-from noria.errors import NoriaError
+from noria.errors import LakeError, NoriaError
 from noria.lake import Lake
 from noria.schema import Schema
 from serving.segment import Logged, Tables, lines_of, read
@@ -70,6 +70,8 @@ class Drain:
         self._failed: dict[str, str] = {}
         """The same of the step before: a fault is logged once while it lasts."""
         self._known: dict[tuple[str, Logged, str], int] = {}
+        self._refused: set[tuple[str, str]] = set()
+        """Workloads, and why the lake could not take their rows: said once."""
         self._synced: dict[tuple[str, Logged], int] = {}
         """The version of each table up to which it lies on the disk itself."""
         self._appends: Counter[tuple[str, Logged]] = Counter()
@@ -155,6 +157,19 @@ class Drain:
             segment.path.unlink()
 
     def _append(self, table: Logged, segments: Sequence[Ready], contents: Mapping[int, Tables]) -> None:
+        """What the segments have for a table. What the table cannot take is set aside, whatever comes behind it."""
+        try:
+            self._write(table, segments, contents)
+        except LakeError as error:
+            if len(segments) == 1:
+                self._refuse(segments[0], str(error))
+                del contents[segments[0].number][table]
+            else:
+                for segment in segments:
+                    self._append(table, [segment], {segment.number: contents[segment.number]})
+
+    def _write(self, table: Logged, segments: Sequence[Ready], contents: Mapping[int, Tables]) -> None:
+        """Raises LakeError where the table, or one of the segments, has a column otherwise than the others."""
         if not any(table in tables for tables in contents.values()):
             return
         workload, source = segments[0].workload, segments[0].source
@@ -165,10 +180,10 @@ class Drain:
         parts = {number: tables[table] for number, tables in contents.items() if number > known and table in tables}
         if not parts:
             return
-        rows = pa.concat_tables(parts.values(), promote_options="permissive")
+        rows = _joined(list(parts.values()))
         if not lake.append(table, rows, batch=(source, max(parts)), after=known):
             del self._known[key]  # another process drains this log, too; what it left is cut anew
-            self._append(table, segments, contents)
+            self._write(table, segments, contents)
             return
         self._known[key] = max(parts)
         self._appends[workload, table] += 1
@@ -194,6 +209,21 @@ class Drain:
             self._set_aside(segment, f"{broken} lines are not readable; the others are in the lake")
         return tables
 
+    def _refuse(self, segment: Ready, reason: str) -> None:
+        """Keep a segment that the lake cannot take, as a source of its own: later numbers of its writer may be in the
+        lake by the time that it is moved back."""
+        self.broken_folder.mkdir(exist_ok=True)
+        source = f"{segment.source}-{segment.number}"
+        copy = self.broken_folder / f"{segment.workload}.{source}.{segment.number}.{segment.rows}"
+        with suppress(FileExistsError):  # by a drain that was killed before it removed the segment
+            os.link(segment.path, copy)
+        if (segment.workload, reason) not in self._refused:
+            self._refused.add((segment.workload, reason))
+            logger.error(
+                "The log segment %s, and what comes like it, is kept as %s and not in the lake: %s Once the lake can "
+                "take it, move the file to %s.", segment.path.name, copy, reason, self.ready_folder,
+            )  # fmt: skip
+
     def _set_aside(self, segment: Ready, reason: str) -> None:
         """Keep a damaged segment for a person; it must not hold up the ones behind it."""
         self.broken_folder.mkdir(parents=True, exist_ok=True)
@@ -201,6 +231,13 @@ class Drain:
         if not copy.exists():
             os.link(segment.path, copy)
             logger.error("The log segment %s is damaged (%s); it is kept at %s.", segment.path.name, reason, copy)
+
+
+def _joined(parts: Sequence[pa.Table]) -> pa.Table:
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise LakeError(f"The rows of several versions differ: {error}") from error
 
 
 def _locked(file: IO[bytes]) -> bool:

@@ -167,6 +167,17 @@ def test_a_prediction_logged_twice_counts_once(lake: Lake) -> None:
     assert lake.predictions(WEEK).column("prediction_id").to_pylist() == ["a", "b"]
 
 
+def test_rows_of_another_type_are_refused_before_anything_is_written(lake: Lake) -> None:
+    whole = Lake(lake.root, "trips", Schema((Column("zone", "integer"),), event_time="pickup", target="minutes"))
+    times = pa.array([MONDAY], pa.timestamp("us", tz="UTC"))
+    assert whole.append("records", pa.table({"zone": [7], "pickup": times, "minutes": [1.0]}))
+    before = whole.versions()
+    with pytest.raises(LakeError, match=r"'zone' of .*/trips/records holds int64, and the rows have double there"):
+        whole.append("records", pa.table({"zone": [0.75], "pickup": times, "minutes": [1.0]}))
+    assert whole.versions() == before
+    assert whole.records(WEEK).column("zone").to_pylist() == [7]
+
+
 def test_a_named_batch_is_appended_once(lake: Lake) -> None:
     assert lake.append("records", records(3), batch=("server", 7))
     assert not lake.append("records", records(3), batch=("server", 7))

@@ -356,3 +356,119 @@ def test_a_segment_from_before_shapes_were_noted_is_read_by_its_rows(place, iden
     path.write_bytes(path.read_bytes().replace(noted, b'"FP32"]'))
     assert Drain(*place).step() == 1
     assert logged(place).column("input_x").to_pylist() == [value]
+
+
+def column(place, workload="same", name="input_x"):
+    return logged(place, workload).column(name)
+
+
+OTHER = {
+    "another width": (("FP32", (-1, 1)), floats(2, 1), ("FP32", (-1, 3)), floats(2), "float", "list"),
+    "numbers for integers": (
+        ("INT64", (-1, 1)), np.ones((2, 1), np.int64), ("FP32", (-1, 1)), floats(2, 1), "int64", "float"
+    ),
+    "whole numbers for integers": (
+        ("INT64", (-1, 1)), np.ones((2, 1), np.int64), ("FP64", (-1, 1)), np.ones((2, 1)), "int64", "double"
+    ),
+    "text for numbers": (
+        ("FP32", (-1, 1)), floats(2, 1), ("BYTES", (-1, 1)), np.array([["7"], ["a"]], object), "float", "string"
+    ),
+    "double for single precision": (
+        ("FP32", (-1, 3)), floats(2), ("FP64", (-1, 3)), np.full((2, 3), 0.1), "list<element: float>", "double"
+    ),
+    "larger integers": (
+        ("UINT8", (-1, 1)), np.ones((2, 1), np.uint8), ("INT64", (-1, 1)), np.ones((2, 1), np.int64), "int16", "int64"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one append"])
+@pytest.mark.parametrize("name", OTHER)
+def test_rows_of_another_type_are_set_aside_whole_and_hold_up_nothing(place, identity_model, name, together, caplog):
+    first, right, second, wrong, has, sent = OTHER[name]
+    log, drain = Log(place[0], "one"), Drain(*place)
+    right_model, wrong_model = identity_model(*first), replace(identity_model(*second), version=2)
+    put(log, right_model, right)
+    log.rotate()
+    drain.step()  # the table is there
+    ids = []
+    for model, values in ((right_model, right), (wrong_model, wrong), (wrong_model, wrong), (right_model, right)):
+        ids.append(put(log, model, values))
+        log.rotate()
+        if not together:
+            drain.step()
+    drain.step()
+    assert not drain.failing
+    assert not names(place[0] / "ready")
+    assert set(column(place, name="version").to_pylist()) == {1}
+    assert len(column(place)) == 6
+    assert column(place).to_pylist()[:2] == [row if len(row) > 1 else row[0] for row in right.tolist()]
+    assert len(names(place[0] / "broken")) == 2
+    (record,) = caplog.records
+    for part in ("input_x", has, sent, "another model name", "move the table away"):
+        assert part in record.getMessage()
+    Path(place[1], "same", "predictions").rename(place[0] / "away")
+    for path in (place[0] / "broken").iterdir():
+        path.rename(place[0] / "ready" / path.name)
+    assert drain.step() == 4
+    assert sorted(column(place, name="prediction_id").to_pylist()) == sorted([*ids[1], *ids[2]])
+
+
+def test_versions_that_cannot_share_an_append_share_no_fate(place, identity_model):
+    """There is no table yet: the first of them makes it."""
+    log, drain = Log(place[0], "one"), Drain(*place)
+    text = replace(identity_model("BYTES", (-1, 1)), version=2)
+    ids = put(log, identity_model("FP32", (-1, 1)), floats(2, 1))
+    log.rotate()
+    put(log, text, np.array([["a"]], object))
+    log.rotate()
+    drain.step()
+    assert column(place, name="prediction_id").to_pylist() == ids
+    assert len(names(place[0] / "broken")) == 1
+
+
+def test_a_name_in_other_capital_letters_is_set_aside(place, identity_model, caplog):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    model = identity_model("FP32")
+    big = replace(model, version=2, inputs=(replace(model.inputs[0], name="X"),))
+    put(log, model, floats(2))
+    log.rotate()
+    base = IDS.base("same", 1)
+    log.predictions(big, [Entry(base, 1, {"X": floats(1)}, {"y": floats(1)}, MOMENT, [], 0.5)])
+    log.rotate()
+    put(log, model, floats(2))
+    log.rotate()
+    drain.step()
+    assert len(logged(place)) == 4
+    assert len(names(place[0] / "broken")) == 1
+    assert "capital letters" in caplog.text and "input_X" in caplog.text
+    assert not drain.failing
+
+
+def test_what_loses_nothing_is_widened(place, identity_model):
+    log, drain = Log(place[0], "one"), Drain(*place)
+    for version, (datatype, values) in enumerate(
+        (("FP64", [0.5]), ("FP32", [0.25]), ("INT32", [7]), ("INT64", [2**53]), ("UINT8", [8]), ("INT64", [2**53 + 1]))
+    ):
+        model = replace(identity_model(datatype, (-1, 1)), version=version)
+        put(log, model, np.array([values], {"FP64": "f8", "FP32": "f4", "UINT8": "u1"}.get(datatype, datatype.lower())))
+        log.rotate()
+        drain.step()
+    found = logged(place)
+    values = dict(zip(found.column("version").to_pylist(), found.column("input_x").to_pylist(), strict=True))
+    assert values == {0: 0.5, 1: 0.25, 2: 7, 3: 2**53, 4: 8}
+    assert len(names(place[0] / "broken")) == 1, "the last one is no double"
+
+
+def test_labels_of_a_segment_whose_predictions_do_not_fit_reach_the_lake(place, identity_model):
+    offered = []
+    log, drain = Log(place[0], "one"), Drain(*place, offered.append)
+    put(log, identity_model("FP32", (-1, 1)), floats(1, 1))
+    log.rotate()
+    drain.step()
+    ids = put(log, identity_model("BYTES", (-1, 1)), np.array([["a"]], object))
+    log.labels("same", ids, [1.0], np.array([MOMENT]))
+    log.rotate()
+    drain.step()
+    assert Lake(place[1], "same", ANY).labels(EVER.end).column("prediction_id").to_pylist() == ids
+    assert len(logged(place)) == len(offered) == len(names(place[0] / "broken")) == 1
