@@ -154,7 +154,10 @@ class Fleet:
 
     def _leave_out(self, workload: str, reason: str) -> None:
         """A version that served cannot be loaded any more: go on with its fallback, or without it."""
-        self.ledger.failed(self.current.entries[workload], self.current, reason)
+        if workload in self.ledger.desired():
+            self.ledger.failed(self.current.entries[workload], self.current, reason)
+        else:
+            self.ledger.gone(workload)
         self.current = self.current.without(self._next(), workload)
         for worker in [worker for worker in self.members if worker.phase == "loading"]:
             self.members.remove(worker)
@@ -164,15 +167,20 @@ class Fleet:
 
     def _begin(self) -> None:
         """Start the next change that waits, if the machine is free for it. Models of a repository share a generation,
-        for many may come at once; but what has failed is tried by itself."""
+        for many may come at once; but what has failed is tried by itself. What should go, goes with any other change:
+        its files may be gone already, and then no generation that still has it can be loaded."""
         clock = time.monotonic()
         if any(clock - candidate.began < PATIENCE_SECONDS for candidate in self._candidates):
             return
         busy = {change.workload for candidate in self._candidates for change in candidate.changes}
-        waiting = [one for one in self._changes() if one.workload not in busy and self._hold(one).until <= clock]
-        together = [change for change in waiting if change.plain and change.workload not in self._held]
-        if waiting:
-            self._try(together if waiting[0] in together else waiting[:1])
+        waiting = [one for one in self._changes() if one.workload not in busy]
+        due = [one for one in waiting if self._hold(one).until <= clock]
+        if not due:
+            return
+        going = [change for change in waiting if change.version is None]
+        together = [change for change in due if change.plain and change.workload not in self._held]
+        coming = together if due[0] in together else due[:1]
+        self._try([*going, *(change for change in coming if change not in going)])
 
     def _hold(self, change: Desired) -> Held:
         held = self._held.get(change.workload)
@@ -249,7 +257,8 @@ class Fleet:
                 self.metrics.swapped(workload, "failed")
             else:
                 held.until = time.monotonic() + min(LONGEST_HOLD, 0.5 * 2**held.tries)
-                logger.error("%s Version %s of %s is tried again.", failure.reason, change.version, workload)
+                what = "Removal" if change.version is None else f"Version {change.version}"
+                logger.error("%s %s of %s is tried again.", failure.reason, what, workload)
         blamed = None if own else self.current.entries.get(failure.workload)
         if blamed is not None:  # it answers, but its files are not what they were
             self._faults[blamed.workload, blamed.version] += 1

@@ -149,9 +149,7 @@ def load(workload: str, version: int, folder: Path, providers: Providers, *, pla
     name = f"Version {version} of {workload}"
     try:
         model = (_load_plain if plain else _load_bundle)(workload, version, folder, providers)
-    except BundleError as error:
-        raise BundleError(f"{name} cannot be loaded: {_line(error)}") from error
-    except Exception as error:  # ONNX Runtime raises a dozen types of its own, and any of them means the same here
+    except Exception as error:  # ONNX Runtime, too, raises a dozen types of its own, and any of them means the same
         raise BundleError(f"{name} cannot be loaded: {_line(error)}") from error
     logger.info("%s runs on %s.", name, placed(model.session))
     return model
@@ -261,4 +259,6 @@ def _with_seconds(model: Model, sizes: Sequence[int], seconds: Sequence[float]) 
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    line = " ".join(told.split())[:400] or type(error).__name__
+    return line if line.endswith(".") else f"{line}."

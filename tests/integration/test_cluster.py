@@ -109,7 +109,7 @@ class Cluster:
         return found
 
     def versions(self):
-        """By replica, as its ids tell, the version that answers; a dozen calls reach both, but for one time in 2,000."""
+        """By replica, as its ids tell, the version that answers. A dozen calls reach both, nearly always."""
         replies = [httpx.post(f"{self.url}/predict/trips", json=[RECORD]).raise_for_status().json() for _ in range(12)]
         return {reply["predictions"][0]["id"][11:14]: reply["version"] for reply in replies}
 
