@@ -81,6 +81,8 @@ def cases() -> list[Case]:
         Case("compression", "gzip around bytes", _gzip_binary),
         Case("compression", "gzip that is none is an error", _bad_gzip),
         Case("compression", "an unknown encoding is an error", _bad_encoding, is_open=True),
+        Case("http", "a body in chunks", _chunked),
+        Case("http", "an offer of HTTP/2 is passed over", _offered, is_open=True),
         Case("limits", "ten thousand rows", _many_rows, is_open=True),
         Case("limits", "deeply nested JSON is no fault", _deep),
         Case("limits", "a body of 64 MB is answered or refused", _huge),
@@ -187,6 +189,22 @@ def _bad_gzip(server: Server) -> None:
 def _bad_encoding(server: Server) -> None:
     status = server.infer("same_fp32", {"inputs": [GOOD]}, {"content-encoding": "zzz"}).status
     expect(400 <= status < 500, f"status {status}, expected 4xx")
+
+
+def _chunked(server: Server) -> None:
+    body = orjson.dumps({"inputs": [GOOD]})
+    chunks = (body[start : start + 10] for start in range(0, len(body), 10))
+    same(fine(server.infer("same_fp32", chunks)).outputs.get("y"), ONE)
+
+
+def _offered(server: Server) -> None:
+    offer = {
+        "connection": "Upgrade, HTTP2-Settings",
+        "upgrade": "h2c",
+        "http2-settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+    }
+    for _ in range(2):  # its body is no request of its own, and the next one is answered, too
+        same(fine(server.infer("same_fp32", {"inputs": [GOOD]}, offer)).outputs.get("y"), ONE)
 
 
 def _many_rows(server: Server) -> None:

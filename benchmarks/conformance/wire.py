@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -138,13 +138,13 @@ class Server:
         """GET below the server's address."""
         return self.http.get(path)
 
-    def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Reply:
-        """POST bytes; JSON without another content type."""
+    def post(self, path: str, body: bytes | Iterator[bytes], headers: Mapping[str, str] | None = None) -> Reply:
+        """POST bytes, or each as a chunk; JSON without another content type."""
         return Reply(
             self.http.post(path, content=body, headers={"content-type": "application/json", **(headers or {})})
         )
 
     def infer(self, model: str, content: Any, headers: Mapping[str, str] | None = None) -> Reply:
-        """An inference request: plain data, or bytes as they are."""
-        body = content if isinstance(content, bytes) else orjson.dumps(content)
+        """An inference request: plain data, or bytes and chunks of them as they are."""
+        body = content if isinstance(content, (bytes, Iterator)) else orjson.dumps(content)
         return self.post(f"/v2/models/{model}/infer", body, headers)
