@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from serving import orders, state
+from serving.folder import Folder, Found, Mark, Versions
 from serving.orders import Order
 from serving.state import Desired, State
 
@@ -30,10 +30,7 @@ SETTLED_SECONDS = 2.0
 """At the start a file that was not written for so long is whole."""
 START_SECONDS = 5.0
 """How long the start waits for files that are still written."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
-Mark = tuple[int, int]
-"""Size and time of a file: another one means that it was written."""
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +69,7 @@ class Repository:
     def __init__(self, source: Path | None, folder: Path) -> None:
         """`source` None: there is no repository, and what one asked for earlier is forgotten."""
         self.source, self.folder = source, folder
+        self._models = None if source is None else Folder(source, self._say)
         self.desired_folder = folder / "desired"
         self._seen: dict[tuple[str, int], Mark] = {}
         self._faults: dict[tuple[str, int], Fault] = {}
@@ -96,53 +94,43 @@ class Repository:
     def step(self) -> None:
         """Look once, and act on what has changed and on the orders that wait."""
         waiting = orders.waiting(self.folder)
-        found = self._scan()
+        found = Found({}) if self._models is None else self._models.look()
         if found is None:
             return
-        marks = {(name, number): mark for name, versions in found.items() for number, mark in versions.items()}
+        marks = {(name, number): mark for name, versions in found.models.items() for number, mark in versions.items()}
         self._growing = not all(self._whole(key, mark) for key, mark in marks.items())
         for order in waiting:
             if order.key not in self._heard:
                 self._hear(order)
         desired = state.read(self.desired_folder, Desired)
         failures = state.read(self.folder / "failed", State)
-        for name, versions in found.items():
-            self._follow(name, versions, desired.get(name), failures.get(name))
+        for name in found.models:
+            self._follow(name, found, desired.get(name), failures.get(name))
         for name, entry in desired.items():
-            if entry.plain and (name not in found or name in self._unloaded):
+            gone = name not in found.models and not found.hides(name, entry.version)
+            if entry.plain and (gone or name in self._unloaded):
                 state.remove(self.desired_folder, name)
         self._seen = marks
-        self._list(found)
+        self._list(found.models)
         for order in waiting:
-            self._answer(order, found)
+            self._answer(order, found.models)
 
-    def _scan(self) -> dict[str, dict[int, Mark]] | None:
-        """By name and version the model files that are there; None: the folder cannot be read now."""
-        if self.source is None:
-            return {}
-        found: dict[str, dict[int, Mark]] = {}
-        try:
-            for path in self.source.iterdir():
-                if path.is_dir() and NAME.fullmatch(path.name):
-                    found[path.name] = _versions(path)
-        except OSError as error:
-            self._say(f"The model repository {self.source} cannot be read ({error.strerror or error}); what was "
-                      "loaded goes on answering.")  # fmt: skip
-            return None
-        return {name: versions for name, versions in found.items() if versions}
-
-    def _follow(self, name: str, versions: Mapping[int, Mark], desired: Desired | None, failed: State | None) -> None:
+    def _follow(self, name: str, found: Found, desired: Desired | None, failed: State | None) -> None:
         if desired is not None and not desired.plain:
             self._say(f"{name} is a registered workload and a folder of the model repository. The workload is served; "
                       "rename the folder to serve the model.")  # fmt: skip
             return
-        if desired is not None and failed is not None and failed.asked == desired.asked:
-            self._fault(name, failed, versions)
-        usable = [number for number in sorted(versions, reverse=True) if self._usable(name, number, versions[number])]
+        versions = found.models[name]
+        refused = failed if desired is not None and failed is not None and failed.asked == desired.asked else None
+        if refused is not None:
+            self._fault(name, refused, versions)
+        elif desired is not None and desired.version not in versions and found.hides(name, desired.version):
+            return  # asked for before this process began, and it may be as it was
         if name in self._unloaded:
             return
+        usable = [number for number in sorted(versions, reverse=True) if self._usable(name, number, versions[number])]
         if not usable:
-            if desired is not None and failed is not None and failed.asked == desired.asked:
+            if refused is not None:
                 state.remove(self.desired_folder, name)
             return
         asked = self._asked(name, usable[0], versions[usable[0]])
@@ -163,7 +151,7 @@ class Repository:
     def _whole(self, key: tuple[str, int], mark: Mark) -> bool:
         return self._seen.get(key) == mark or mark[1] < self._settled_before
 
-    def _fault(self, name: str, failed: State, versions: Mapping[int, Mark]) -> None:
+    def _fault(self, name: str, failed: State, versions: Versions) -> None:
         key, mark = (name, failed.version), versions.get(failed.version)
         before = self._faults.get(key)
         if mark is None or failed.asked != self._asked(name, failed.version, mark):
@@ -178,12 +166,12 @@ class Repository:
         """Names a request for a file as it is now; another one for each try."""
         fault = self._faults.get((name, number))
         tries = fault.tries if fault is not None and fault.mark == mark else 0
-        return f"{number}-{mark[0]}-{mark[1]}-{tries}"
+        return f"{number}-{'-'.join(map(str, mark))}-{tries}"
 
     def _folder(self, name: str, number: int) -> str:
         return str((self.source or Path()).absolute() / name / str(number))
 
-    def _list(self, found: Mapping[str, Mapping[int, Mark]]) -> None:
+    def _list(self, found: Mapping[str, Versions]) -> None:
         states = state.read(self.folder / "state", State)
         listed = []
         for name, versions in sorted(found.items()):
@@ -208,7 +196,7 @@ class Repository:
             if key[0] == order.name:
                 fault.until = 0.0
 
-    def _answer(self, order: Order, found: Mapping[str, Mapping[int, Mark]]) -> None:
+    def _answer(self, order: Order, found: Mapping[str, Versions]) -> None:
         """Say what came of an order, when that is known. What is loaded is the newest version, or nothing."""
         desired = state.read(self.desired_folder, Desired).get(order.name)
         reached = state.read(self.folder / "state", State).get(order.name)
@@ -243,15 +231,3 @@ class Repository:
         if sentence not in self._said:
             self._said.add(sentence)
             logger.error("%s", sentence)
-
-
-def _versions(path: Path) -> dict[int, Mark]:
-    found = {}
-    for folder in path.iterdir():
-        if folder.name.isascii() and folder.name.isdigit() and str(int(folder.name)) == folder.name:
-            try:
-                status = (folder / "model.onnx").stat()
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            found[int(folder.name)] = (status.st_size, status.st_mtime_ns)
-    return found

@@ -1,0 +1,137 @@
+"""What one look at a model repository makes of it: real folders, and the files in which the server's parts speak."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from serving import state
+from serving.repository import Repository
+from serving.state import Desired
+
+
+class Looked:
+    """A repository whose looks are taken here."""
+
+    def __init__(self, folder):
+        self.source, self.folder = folder / "models", folder / "serving"
+        self.source.mkdir()
+        self.begin()
+
+    def begin(self, source=None):
+        """As a server that starts."""
+        self.repository = Repository(source or self.source, self.folder)
+
+    def put(self, name, version, content=b"m"):
+        path = self.source / name / str(version) / "model.onnx"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        os.utime(path, (1, 1))  # old: whole with the first look
+        return path
+
+    def step(self, looks=2):
+        for _ in range(looks):
+            self.repository.step()
+        return {name: entry.version for name, entry in self.desired().items()}
+
+    def desired(self):
+        return state.read(self.folder / "desired", Desired)
+
+
+@pytest.fixture
+def looked(tmp_path):
+    return Looked(tmp_path)
+
+
+def unreadable(path):
+    """A link to itself, which nobody can follow: whoever runs the tests may read everything else."""
+    path.symlink_to(path.name)
+
+
+def test_a_version_that_no_message_can_hold_is_passed_over_and_said_once(looked, caplog):
+    looked.put("stamped", 20261123130736123456789)
+    looked.put("large", 2**63 - 1)
+    looked.put("both", 2**63)
+    looked.put("both", 7)
+    assert looked.step(3) == {"large": 2**63 - 1, "both": 7}
+    assert caplog.text.count("20261123130736123456789 of the model repository is passed over") == 1
+    assert caplog.text.count(f"{2**63} of the model repository is passed over") == 1
+
+
+def test_what_cannot_be_read_concerns_only_itself(looked, caplog):
+    kept = [looked.put("version", 2), looked.put("version", 1), looked.put("model", 1)]
+    assert looked.step() == {"version": 2, "model": 1}
+    before = looked.desired()
+    kept[0].unlink()
+    unreadable(kept[0])
+    (looked.source / "model").rename(looked.folder / "away")
+    unreadable(looked.source / "model")
+    unreadable(looked.source / "never")
+    looked.put("other", 1)
+    assert looked.step() == {"version": 2, "model": 1, "other": 1}
+    assert {name: looked.desired()[name] for name in before} == before
+    for path in (kept[0].parent, looked.source / "model"):
+        assert caplog.text.count(f"{path} of the model repository cannot be read") == 1
+    kept[0].unlink()
+    (looked.source / "model").unlink()
+    assert looked.step() == {"version": 1, "other": 1}, "what is gone for sure, goes"
+
+
+def test_what_cannot_be_read_at_a_start_stays_as_it_was_asked_for(looked):
+    version, _, model = looked.put("version", 2), looked.put("version", 1), looked.put("model", 1)
+    looked.step()
+    before = looked.desired()
+    for path in (version, model):
+        path.unlink()
+        unreadable(path)
+    looked.begin()
+    looked.step()
+    assert looked.desired() == before
+    shutil.rmtree(model.parent)
+    version.unlink()
+    assert looked.step() == {"version": 1}
+
+
+def test_an_empty_folder_in_the_place_of_the_one_with_models_is_no_removal(looked, caplog):
+    looked.put("one", 1)
+    assert looked.step() == {"one": 1}
+    mounted = looked.source.rename(looked.folder / "mounted")
+    looked.source.mkdir()
+    assert looked.step() == {"one": 1}, "the mount point of a share that is away"
+    assert caplog.text.count("is another folder than before and has no models") == 1
+    looked.source.rmdir()
+    mounted.rename(looked.source)
+    assert looked.step() == {"one": 1}
+    shutil.rmtree(looked.source / "one")
+    assert looked.step() == {}, "whoever empties the folder means it"
+
+
+def test_another_folder_with_other_models_is_followed(looked):
+    looked.put("one", 1)
+    looked.step()
+    looked.source.rename(looked.folder / "before")
+    looked.put("two", 1)
+    assert looked.step() == {"two": 1}
+
+
+def test_new_weights_of_the_same_size_and_time_are_noticed(looked):
+    path = looked.put("one", 1, b"old")
+    looked.step()
+    asked = [looked.desired()["one"].asked]
+    written = (lambda: path.write_bytes(b"new"), lambda: (looked.folder / "aside").replace(path))
+    (looked.folder / "aside").write_bytes(b"two")
+    for write in written:
+        last = path.stat().st_ctime_ns
+        while path.stat().st_ctime_ns == last:  # its clock turns some hundred times a second
+            write()
+            os.utime(path, (1, 1))
+            (looked.folder / "aside").write_bytes(b"two")
+        looked.step()
+        asked.append(looked.desired()["one"].asked)
+    assert len(set(asked)) == 3
+    (looked.source / "one").rename(looked.folder / "away")
+    (looked.folder / "away").rename(looked.source / "one")
+    assert looked.step() == {"one": 1}
+    assert looked.desired()["one"].asked == asked[-1], "it is the file that it was"
