@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serving import orders, state
+from serving import everywhere, orders, state
 from serving.folder import Folder, Found, Mark, Versions
 from serving.orders import Order
 from serving.state import Desired, State
@@ -103,9 +103,9 @@ class Repository:
             if order.key not in self._heard:
                 self._hear(order)
         desired = state.read(self.desired_folder, Desired)
-        failures = state.read(self.folder / "failed", State)
+        refused = self._refused()
         for name in found.models:
-            self._follow(name, found, desired.get(name), failures.get(name))
+            self._follow(name, found, desired.get(name), refused.get(name))
         for name, entry in desired.items():
             gone = name not in found.models and not found.hides(name, entry.version)
             if entry.plain and (gone or name in self._unloaded):
@@ -114,6 +114,16 @@ class Repository:
         self._list(found.models)
         for order in waiting:
             self._answer(order, found.models)
+
+    def _refused(self) -> dict[str, State]:
+        """What came of the versions that do not load. One that answers is not among them, whatever is said of it: the
+        process that loads a change loads it too, and may fail just there."""
+        states, answers = state.read(self.folder / "state", State), everywhere.read(self.folder) or {}
+        return {
+            name: failed
+            for name, failed in state.read(self.folder / "failed", State).items()
+            if name not in states or states[name].asked != failed.asked or answers.get(name) != failed.version
+        }
 
     def _follow(self, name: str, found: Found, desired: Desired | None, failed: State | None) -> None:
         if desired is not None and not desired.plain:
@@ -133,13 +143,13 @@ class Repository:
             if refused is not None:
                 state.remove(self.desired_folder, name)
             return
-        asked = self._asked(name, usable[0], versions[usable[0]])
-        if desired is None or desired.asked != asked:
-            back = usable[1] if len(usable) > 1 else None
-            state.write(self.desired_folder, Desired(
-                name, usable[0], self._folder(name, usable[0]), asked, fallback_version=back,
-                fallback_folder=self._folder(name, back) if back is not None else "", plain=True,
-            ))  # fmt: skip
+        back = usable[1] if len(usable) > 1 else None
+        wanted = Desired(
+            name, usable[0], self._folder(name, usable[0]), self._asked(name, usable[0], versions[usable[0]]),
+            fallback_version=back, fallback_folder=self._folder(name, back) if back is not None else "", plain=True,
+        )  # fmt: skip
+        if desired != wanted:
+            state.write(self.desired_folder, wanted)
 
     def _usable(self, name: str, number: int, mark: Mark) -> bool:
         """Whether the file is whole, as far as one can see, and not known not to load."""
@@ -200,7 +210,7 @@ class Repository:
         """Say what came of an order, when that is known. What is loaded is the newest version, or nothing."""
         desired = state.read(self.desired_folder, Desired).get(order.name)
         reached = state.read(self.folder / "state", State).get(order.name)
-        failed = state.read(self.folder / "failed", State).get(order.name)
+        failed = self._refused().get(order.name)
         reason = None
         if order.name not in found or (desired is not None and not desired.plain):
             self._unloaded.discard(order.name)

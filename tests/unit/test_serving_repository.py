@@ -9,7 +9,7 @@ import pytest
 
 from serving import state
 from serving.repository import Repository
-from serving.state import Desired
+from serving.state import Desired, State
 
 
 class Looked:
@@ -38,6 +38,17 @@ class Looked:
 
     def desired(self):
         return state.read(self.folder / "desired", Desired)
+
+    def reached(self, name, **answers):
+        """What the fleet writes down when it serves what is desired."""
+        entry = self.desired()[name]
+        state.write(self.folder / "state", State(name, entry.version, "serving", "", state.now(), entry.asked))
+        state.write_file(self.folder / "everywhere.json", answers)
+
+    def failed(self, name):
+        """And when a process fails at it."""
+        entry = self.desired()[name]
+        state.write(self.folder / "failed", State(name, entry.version, "failed", "Killed.", state.now(), entry.asked))
 
 
 @pytest.fixture
@@ -135,3 +146,41 @@ def test_new_weights_of_the_same_size_and_time_are_noticed(looked):
     (looked.folder / "away").rename(looked.source / "one")
     assert looked.step() == {"one": 1}
     assert looked.desired()["one"].asked == asked[-1], "it is the file that it was"
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_version_that_answers_is_not_taken_away_because_a_process_failed_at_it(looked, lower):
+    looked.put("one", 2)
+    if lower:
+        looked.put("one", 1)
+    looked.step()
+    looked.reached("one", one=2)
+    before = looked.desired()
+    looked.failed("one")
+    assert looked.step() == {"one": 2}
+    assert looked.desired() == before
+    looked.reached("one")  # no worker answers with it any more
+    assert looked.step() == ({"one": 1} if lower else {})
+
+
+def test_a_repository_that_moved_is_followed(looked, tmp_path):
+    looked.put("one", 1)
+    looked.step()
+    before = looked.desired()["one"]
+    looked.source.rename(tmp_path / "moved")
+    looked.begin(tmp_path / "moved")
+    looked.step()
+    after = looked.desired()["one"]
+    assert (after.folder, after.asked) == (str(tmp_path / "moved" / "one" / "1"), before.asked)
+
+
+def test_what_would_serve_instead_follows_the_folder(looked):
+    looked.put("one", 3)
+    lower = looked.put("one", 2)
+    looked.step()
+    shutil.rmtree(lower.parent)
+    looked.step()
+    assert looked.desired()["one"].fallback_version is None
+    looked.put("one", 1)
+    looked.step()
+    assert (looked.desired()["one"].version, looked.desired()["one"].fallback_version) == (3, 1)
