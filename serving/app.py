@@ -22,7 +22,7 @@ from serving.routes import hot, is_version
 from serving.service import WANTED, Request, Service, too_large
 from serving.status import status
 from serving.tensors import EXTENSIONS, metadata
-from serving.wire import Answer, Refusal, as_json, refused
+from serving.wire import RETRY, Answer, Refusal, as_json, refused
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -104,7 +104,11 @@ class App:
             body = await _body(receive, self.service.limits)
             told.received = len(body)
             asked = read(parts, inflate(body, headers.get(b"content-encoding"), self.service.limits))
-            found = await operate(self.service, asked, Operator(path, told.key, client[0]))
+            try:
+                found = await operate(self.service, asked, Operator(path, told.key, client[0]))
+            except asyncio.CancelledError:  # what is asked takes longer than a worker that ends may take
+                raise Refusal(503, f"The order to {asked.name} {asked.model} is given, and not done yet; give it again "
+                              "to wait for it.", RETRY) from None  # fmt: skip
             return as_json(found if asked.name == "index" else {})
         if route is None:
             return self._page(path, method)

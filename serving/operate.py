@@ -2,7 +2,7 @@
 
 The routes and methods of Triton's model repository extension, one meaning for HTTP and gRPC. A workload's version is
 the registry's to decide, so it can be listed here and not ordered. Every order gets a line in the audit log, also one
-that was refused or whose client did not wait. Not here: keys (`serving.access`), the doing (`serving.repository`).
+that was refused or that was not waited for. Not here: keys (`serving.access`), the doing (`serving.repository`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read(parts: Sequence[str], body: bytes) -> Operation:
 
 async def operate(service: Service, operation: Operation, operator: Operator) -> list[dict[str, Any]]:
     """Do it; returns the index where that was asked for. Raises Refusal 400 with the reason why it was not done."""
-    outcome = "its client did not wait"
+    outcome = "nobody waited for it to be done"
     try:
         if operation.name == "index":
             found = index(service, is_ready=operation.is_ready)
@@ -120,6 +120,6 @@ async def _order(service: Service, operation: Operation) -> None:
     if model is not None and model.bundle is not None:
         raise Refusal(400, f"{name} is a workload: move the alias champion in MLflow to change what serves.")
     key = orders.order(folder, name, operation.name == "load")
-    done = await asyncio.to_thread(orders.wait, folder, key)
+    done = await asyncio.shield(orders.wait(folder, key))  # it is removed when it is done, whoever waits
     if not done.done:
         raise Refusal(400, done.reason)

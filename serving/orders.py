@@ -8,6 +8,7 @@ Not here: who may order (`serving.app`), and the doing (`serving.repository`).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -54,28 +55,34 @@ def outcome(folder: Path, key: str) -> Outcome | None:
         return None
 
 
-def wait(folder: Path, key: str, seconds: float = PATIENCE_SECONDS) -> Outcome:
-    """What came of an order; blocks until it is known, so call it beside the event loop. Removes the order."""
+async def wait(folder: Path, key: str, seconds: float = PATIENCE_SECONDS) -> Outcome:
+    """What came of an order, when that is known. Removes the order, also where nobody waits for it any more. It looks
+    from the event loop, not from a thread: the few there are have the log to hand over and the numbers to write."""
     deadline = time.monotonic() + seconds
-    while (found := outcome(folder, key)) is None and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
-    for suffix in (".json", ".done"):
-        (folder / "orders" / f"{key}{suffix}").unlink(missing_ok=True)
+    try:
+        while (found := outcome(folder, key)) is None and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_SECONDS)
+    finally:
+        for suffix in (".json", ".done"):
+            (folder / "orders" / f"{key}{suffix}").unlink(missing_ok=True)
     return found or Outcome(False, f"The server did not act within {seconds:g} s; its log tells more.")
 
 
 def waiting(folder: Path) -> list[Order]:
-    """Orders without an outcome, oldest first; what cannot be read is removed."""
+    """Orders without an outcome, oldest first; what cannot be read, and what a worker that died left behind, is
+    removed."""
     found = []
-    paths = [path for path in (folder / "orders").glob("*.json") if not path.with_suffix(".done").exists()]
-    for path in sorted(paths, key=_age):
-        try:
-            data = json.loads(path.read_bytes())
-            found.append(Order(path.stem, str(data["name"]), bool(data["load"])))
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError):
+    for path in sorted((folder / "orders").glob("*"), key=_since):
+        if time.time() - _since(path) > PATIENCE_SECONDS:
             path.unlink(missing_ok=True)
+        elif path.suffix == ".json" and not path.with_suffix(".done").exists():
+            try:
+                data = json.loads(path.read_bytes())
+                found.append(Order(path.stem, str(data["name"]), bool(data["load"])))
+            except FileNotFoundError:
+                continue
+            except (ValueError, KeyError, TypeError):
+                path.unlink(missing_ok=True)
     return found
 
 
@@ -90,8 +97,8 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _age(path: Path) -> float:
+def _since(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    except FileNotFoundError:  # it was removed, which whoever reads it finds
+        return time.time()

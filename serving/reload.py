@@ -33,7 +33,7 @@ from serving.fleet import Fleet
 from serving.lag import handed_over, look_at_log
 from serving.metrics import Metrics
 from serving.repeat import repeat
-from serving.repository import LOOK_SECONDS, Repository
+from serving.repository import Repository
 from serving.shadow_counts import ShadowCounts
 from serving.supervise import MB, Plan, listen, reserve
 
@@ -45,8 +45,8 @@ ALLOCATOR = {"_RJEM_MALLOC_CONF": "narenas:1,dirty_decay_ms:200,muzzy_decay_ms:0
 """Of the jemalloc in deltalake, which would keep what each of its threads once needed: 40 MB after 200 appends. Not
 touched where it is set already."""
 
-Step = tuple[Callable[[], object], float]
-"""What is repeated, and every how many seconds."""
+Step = tuple[Callable[[], float | None], float | None]
+"""What is repeated, and every how many seconds; None: it says."""
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +76,7 @@ def serve(
         providers = settings.providers if len(chain) > 1 else "cpu"  # what is not here, no worker looks for again
         fleet = Fleet(_plan(settings, listener, grpc_port, config, providers), settings.workers, metrics)
         count = partial(_count, metrics, fleet, settings.serving, ShadowCounts(settings.serving))
-        steps: list[Step] = [(repository.step, LOOK_SECONDS), (count, COUNT_SECONDS)]
+        steps: list[Step] = [(repository.step, None), (count, COUNT_SECONDS)]
         logger.info("Serving on http://%s:%s", host, listener.getsockname()[1])
         _work(fleet, steps, Background(settings, mlflow_url, stop), stop)
         metrics.dump(ended=True)

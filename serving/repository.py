@@ -13,17 +13,24 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serving import everywhere, orders, state
+from noria.errors import ServiceError
+from serving import everywhere, generation, orders, state
 from serving.folder import Folder, Found, Mark, Versions
 from serving.orders import Order
 from serving.state import Desired, State
 
 LOOK_SECONDS = 0.5
+LONGEST_REST, RESTS = 5.0, 4
+"""How long after a look the next one is, at most, and by how much longer than the look took: with thousands of models,
+or on a slow share, looking would else be all that there is time for."""
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
+ASKED = ("opening", "accepting", "leaving")
+"""Phases of a worker in which a request may come to it."""
 TRIES = 8
 """Of a file that does not load and does not change."""
 SETTLED_SECONDS = 2.0
@@ -76,6 +83,10 @@ class Repository:
         self._unloaded: set[str] = set()
         self._heard: set[str] = set()
         """Keys of the orders that were acted on."""
+        self._loads: dict[int, Mapping[str, Desired]] = {}
+        """What the workers that are there loaded, by generation: its file may be gone before the last of them."""
+        self._asking: set[int] = set()
+        """Generations of those that may still be asked."""
         self._said: set[str] = set()
         self._listed: list[Listed] | None = None
         self._growing = False
@@ -91,12 +102,17 @@ class Repository:
         while self._growing and time.monotonic() < until and not stop.wait(LOOK_SECONDS):
             self.step()
 
-    def step(self) -> None:
-        """Look once, and act on what has changed and on the orders that wait."""
+    def step(self) -> float:
+        """Look once, and act on what has changed and on the orders that wait; returns the seconds after which to look
+        again."""
+        began = time.monotonic()
         waiting = orders.waiting(self.folder)
         found = Found({}) if self._models is None else self._models.look()
-        if found is None:
-            return
+        if found is not None:
+            self._act(found, waiting)
+        return min(LONGEST_REST, max(LOOK_SECONDS, RESTS * (time.monotonic() - began)))
+
+    def _act(self, found: Found, waiting: Sequence[Order]) -> None:
         marks = {(name, number): mark for name, versions in found.models.items() for number, mark in versions.items()}
         self._growing = not all(self._whole(key, mark) for key, mark in marks.items())
         for order in waiting:
@@ -112,8 +128,8 @@ class Repository:
                 state.remove(self.desired_folder, name)
         self._seen = marks
         self._list(found.models)
-        for order in waiting:
-            self._answer(order, found.models)
+        self._look_at_workers()
+        self._answer(waiting, found.models)
 
     def _refused(self) -> dict[str, State]:
         """What came of the versions that do not load. One that answers is not among them, whatever is said of it: the
@@ -206,35 +222,57 @@ class Repository:
             if key[0] == order.name:
                 fault.until = 0.0
 
-    def _answer(self, order: Order, found: Mapping[str, Versions]) -> None:
-        """Say what came of an order, when that is known. What is loaded is the newest version, or nothing."""
-        desired = state.read(self.desired_folder, Desired).get(order.name)
-        reached = state.read(self.folder / "state", State).get(order.name)
-        failed = self._refused().get(order.name)
-        reason = None
-        if order.name not in found or (desired is not None and not desired.plain):
-            self._unloaded.discard(order.name)
-            reason = f"There is no model '{order.name}' in the repository of this server."
-        elif not order.load:
-            reason = "" if reached is None and self._calm() else None
-        elif failed is not None and (desired is None or failed.asked == desired.asked):
-            reason = failed.reason
-        else:
-            number = max(found[order.name])
-            mark, fault = found[order.name][number], self._faults.get((order.name, number))
-            if fault is not None and fault.mark == mark and time.monotonic() < fault.until:
-                reason = fault.reason
-            elif reached is not None and reached.asked == self._asked(order.name, number, mark):
-                reason = "" if self._calm() else None
-        if reason is not None:
-            orders.answer(self.folder, order.key, reason)
+    def _look_at_workers(self) -> None:
+        try:
+            workers = json.loads((self.folder / "workers.json").read_bytes())
+        except (OSError, ValueError):
+            workers = []
+        numbers = {worker["generation"] for worker in workers}
+        self._loads = {number: entries for number, entries in self._loads.items() if number in numbers}
+        for number in numbers - self._loads.keys():
+            with suppress(ServiceError):  # it is gone, and they soon, too
+                self._loads[number] = generation.read(generation.path_of(self.folder, number)).entries
+        # An order's own answer may be all that is left of one that has drained.
+        self._asking = {one["generation"] for one in workers if one["phase"] in ASKED and not one.get("drained")}
 
-    def _calm(self) -> bool:
-        """Whether all workers that may be asked serve the same: an order's own answer may be all that is left of one
-        that has drained."""
-        workers = json.loads((self.folder / "workers.json").read_bytes())
-        known = {(worker["phase"], worker["generation"]) for worker in workers if not worker.get("drained")}
-        return len(known) == 1 and {phase for phase, _ in known} == {"accepting"}
+    def _answer(self, waiting: Sequence[Order], found: Mapping[str, Versions]) -> None:
+        """Say what came of the orders of which that is known. What is loaded is the newest version, or nothing."""
+        if not waiting:
+            return
+        desired, refused = state.read(self.desired_folder, Desired), self._refused()
+        last = {order.name: order.load for order in waiting}
+        for order in waiting:
+            name, entry, failed = order.name, desired.get(order.name), refused.get(order.name)
+            reason = None
+            if last[name] != order.load:
+                reason = f"A later order to {'load' if last[name] else 'unload'} {name} overrules this one."
+            elif name not in found or (entry is not None and not entry.plain):
+                self._unloaded.discard(name)
+                reason = f"There is no model '{name}' in the repository of this server."
+            elif not order.load:
+                reason = "" if self._known(name, None) else None
+            elif failed is not None and (entry is None or failed.asked == entry.asked):
+                reason = failed.reason
+            else:
+                reason = self._loaded(name, found[name])
+            if reason is not None:
+                orders.answer(self.folder, order.key, reason)
+
+    def _loaded(self, name: str, versions: Versions) -> str | None:
+        """Why the newest version is not loaded, empty when every worker has it; None while one cannot know."""
+        number = max(versions)
+        mark, fault = versions[number], self._faults.get((name, number))
+        if fault is not None and fault.mark == mark and time.monotonic() < fault.until:
+            return fault.reason
+        return "" if self._known(name, self._asked(name, number, mark)) else None
+
+    def _known(self, name: str, asked: str | None) -> bool:
+        """Whether every worker that may still be asked has loaded what was asked for, or (None) has not got the model;
+        what else is loaded meanwhile does not matter."""
+        loads = [self._loads.get(number) for number in self._asking]
+        return bool(loads) and all(
+            entries is not None and (entries[name].asked if name in entries else None) == asked for entries in loads
+        )
 
     def _say(self, sentence: str) -> None:
         """Log an error once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import socket
@@ -31,6 +32,27 @@ def plain(add=1.0, width=4):
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", width])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])],
         [helper.make_tensor("add", TensorProto.FLOAT, [], [add])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def endless():
+    """y = x, after more turns than anybody waits for: it hangs while it loads."""
+    go, on = (helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("go", "on"))
+    turn = helper.make_tensor_value_info("turn", TensorProto.INT64, [])
+    held, kept = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1]) for name in ("held", "kept"))
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Cos", ["held"], ["kept"])],
+        "turn", [turn, go, held], [on, kept],
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["turns", "", "x"], ["y"], body=body)],
+        "endless",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor("turns", TensorProto.INT64, [], [10**12])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
@@ -103,6 +125,10 @@ def server(tmp_path_factory):
     found.start(_free_port())
     yield found
     found.stop()
+
+
+def ordered(server, name, *, load):
+    return asyncio.run(orders.wait(server.state, orders.order(server.state, name, load), 20))
 
 
 def _free_port():
@@ -197,19 +223,36 @@ def test_folders_that_come_together_are_one_change_and_what_does_not_load_holds_
 def test_operators_unload_and_load(server):
     put(server.repository, "third", 1)
     server.wait(lambda: server.ready("third"))
-    assert orders.wait(server.state, orders.order(server.state, "third", load=False), 20) == orders.Outcome(True)
+    assert ordered(server, "third", load=False) == orders.Outcome(True)
     server.wait(lambda: httpx.get(f"{server.url}/v2/models/third/ready").status_code == 404, 2)
     assert {one.reason for one in index(server.state) if one.name == "third"} == {"unloaded"}
-    assert orders.wait(server.state, orders.order(server.state, "third", load=True), 20).done
+    assert ordered(server, "third", load=True).done
     server.wait(lambda: server.ready("third"), 2)
-    refused = orders.wait(server.state, orders.order(server.state, "nothing", load=True), 20)
+    refused = ordered(server, "nothing", load=True)
     assert (refused.done, "no model 'nothing'" in refused.reason) == (False, True)
     put(server.repository, "broken", 1, b"no model")
     server.wait(lambda: "Version 1 of broken cannot be loaded" in server.log())
-    refused = orders.wait(server.state, orders.order(server.state, "broken", load=True), 20)
+    refused = ordered(server, "broken", load=True)
     assert (refused.done, "not an ONNX model" in refused.reason) == (False, True)
     assert not list((server.state / "orders").iterdir())
     shutil.rmtree(server.repository / "broken")
+
+
+def test_an_order_is_answered_while_another_model_loads_for_ever(server):
+    put(server.repository, "fourth", 1)
+    server.wait(lambda: server.ready("fourth"))
+    server.wait(lambda: _spare(server))
+    order = f"{server.url}/v2/repository/models/fourth/"
+    assert httpx.post(order + "unload", timeout=60).status_code == 200
+    put(server.repository, "endless", 1, endless())
+    server.wait(lambda: '"endless version 1"' in (server.state / "workers.json").read_text())
+    answer = httpx.post(order + "load", timeout=60)
+    assert (answer.status_code, answer.text) == (200, "{}")
+    assert server.ready("fourth")
+    assert '"endless version 1"' in (server.state / "workers.json").read_text()
+    assert not list((server.state / "orders").iterdir())
+    shutil.rmtree(server.repository / "endless")
+    server.wait(lambda: _spare(server))
 
 
 def test_a_restart_serves_the_same_and_forgets_what_is_gone(server):

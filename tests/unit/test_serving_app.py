@@ -240,6 +240,29 @@ def test_a_model_that_another_worker_does_not_know_is_not_ready(bundles, tmp_pat
     assert told() == ([200, 200, 503], True, 1, "READY"), "one of them answers with another version"
 
 
+def test_an_order_that_takes_longer_than_its_worker_may_is_answered(tmp_path):
+    """uvicorn cancels what a worker that ends has not answered, and would say 500."""
+    service, sent = Service(Engine("cpu"), Log(tmp_path / "log", "one"), Metrics(), Ids(b"k", 1), folder=tmp_path), []
+    scope = {"type": "http", "method": "POST", "path": "/v2/repository/models/one/load", "headers": [], "client": None}
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async def end():
+        answering = asyncio.create_task(App(service)(scope, receive, send))
+        while not list((tmp_path / "orders").glob("*.json")):
+            await asyncio.sleep(0.01)
+        answering.cancel()
+        await answering
+
+    asyncio.run(end())
+    assert (sent[0]["status"], b"give it again" in sent[1]["body"]) == (503, True)
+    assert not list((tmp_path / "orders").iterdir())
+
+
 def test_the_examples_of_the_documentation_work(app):
     paths = orjson.loads(ask(app, "GET", "/openapi.json")[1])["paths"]
     tried = 0

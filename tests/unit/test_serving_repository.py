@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 
-from serving import state
-from serving.repository import Repository
+from serving import generation, orders, repository, state
+from serving.generation import Generation
+from serving.repository import LONGEST_REST, LOOK_SECONDS, Repository
 from serving.state import Desired, State
 
 
@@ -54,6 +55,45 @@ class Looked:
 @pytest.fixture
 def looked(tmp_path):
     return Looked(tmp_path)
+
+
+class Ordered(Looked):
+    """Whose workers are written down, as the fleet does it."""
+
+    def workers(self, *phases):
+        """`phases` by generation: what each does; a generation's file may be gone."""
+        drained = {"phase": "leaving", "drained": True}
+        state.write_file(self.folder / "workers.json", [
+            {"generation": number, **(drained if phase == "drained" else {"phase": phase, "drained": False})}
+            for number, phase in phases
+        ])  # fmt: skip
+
+    def generation(self, number, *names):
+        desired = self.desired()
+        generation.write(self.folder, Generation(number, {name: desired[name] for name in names}))
+
+    def order(self, name, *, load):
+        """Given a moment after the one before; the time of a file turns some hundred times a second."""
+        key = orders.order(self.folder, name, load)
+        path = self.folder / "orders" / f"{key}.json"
+        self.given = getattr(self, "given", path.stat().st_mtime - 60) + 1
+        os.utime(path, (self.given, self.given))
+        return key
+
+    def outcome(self, key):
+        self.step(1)
+        return orders.outcome(self.folder, key)
+
+
+@pytest.fixture
+def ordered(tmp_path):
+    made = Ordered(tmp_path)
+    made.put("one", 1)
+    made.put("other", 1)
+    made.step()
+    made.generation(1, "other")
+    made.generation(2, "one", "other")
+    return made
 
 
 def unreadable(path):
@@ -184,3 +224,66 @@ def test_what_would_serve_instead_follows_the_folder(looked):
     looked.put("one", 1)
     looked.step()
     assert (looked.desired()["one"].version, looked.desired()["one"].fallback_version) == (3, 1)
+
+
+def test_a_load_is_answered_when_all_that_may_be_asked_have_it_whatever_else_loads(ordered):
+    ordered.workers((1, "accepting"), (2, "loaded"), (3, "loading"))
+    key = ordered.order("one", load=True)
+    assert ordered.outcome(key) is None
+    ordered.workers((1, "accepting"), (2, "accepting"), (3, "loading"))
+    assert ordered.outcome(key) is None
+    ordered.workers((1, "leaving"), (2, "accepting"), (3, "loading"))
+    assert ordered.outcome(key) is None
+    ordered.workers((1, "drained"), (2, "accepting"), (3, "loading"))
+    assert ordered.outcome(key) == orders.Outcome(True)
+
+
+def test_an_unload_is_answered_when_none_that_may_be_asked_has_it(ordered):
+    ordered.workers((2, "accepting"), (3, "loading"))
+    key = ordered.order("one", load=False)
+    assert ordered.outcome(key) is None
+    assert list(ordered.desired()) == ["other"]
+    ordered.generation(4, "other")
+    ordered.workers((2, "leaving"), (4, "accepting"), (3, "loading"))
+    generation.prune(ordered.folder, {4})
+    assert ordered.outcome(key) is None, "the file of its generation is gone, the worker is not"
+    ordered.workers((2, "drained"), (4, "accepting"), (3, "loading"))
+    assert ordered.outcome(key) == orders.Outcome(True)
+
+
+def test_a_load_of_a_file_written_anew_waits_for_the_workers_that_have_it(ordered):
+    ordered.workers((2, "accepting"))
+    assert ordered.outcome(ordered.order("one", load=True)) == orders.Outcome(True)
+    (ordered.source / "one" / "1" / "model.onnx").write_bytes(b"new")
+    key = ordered.order("one", load=True)
+    assert ordered.outcome(key) is None
+    ordered.step(1)  # it has not grown since
+    ordered.generation(3, "one", "other")
+    ordered.workers((2, "leaving"), (3, "accepting"))
+    assert ordered.outcome(key) is None, "both answer as version 1"
+    ordered.workers((3, "accepting"))
+    assert ordered.outcome(key) == orders.Outcome(True)
+
+
+def test_what_an_earlier_server_wrote_down_answers_no_order(ordered):
+    ordered.workers((9, "accepting"))
+    ordered.reached("one", one=1)
+    assert ordered.outcome(ordered.order("one", load=True)) is None
+
+
+def test_an_order_that_a_later_one_overrules_is_answered(ordered):
+    ordered.workers((2, "accepting"))
+    unload, load = ordered.order("one", load=False), ordered.order("one", load=True)
+    assert ordered.outcome(load) == orders.Outcome(True)
+    assert orders.outcome(ordered.folder, unload) == orders.Outcome(
+        False, "A later order to load one overrules this one."
+    )
+    assert list(ordered.desired()) == ["one", "other"]
+
+
+def test_the_longer_a_look_takes_the_less_often_there_is_one(looked, monkeypatch):
+    assert looked.repository.step() == LOOK_SECONDS
+    monkeypatch.setattr(repository, "LOOK_SECONDS", 0.0)
+    assert 0.0 < looked.repository.step() <= LONGEST_REST
+    monkeypatch.setattr(repository, "LONGEST_REST", 1e-9)
+    assert looked.repository.step() == 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -70,10 +71,48 @@ def test_an_order_waits_for_its_outcome(tmp_path):
     key = orders.order(tmp_path, "model", load=True)
     assert [(one.key, one.name, one.load) for one in orders.waiting(tmp_path)] == [(key, "model", True)]
     threading.Timer(0.2, orders.answer, (tmp_path, key, "It does not load.")).start()
-    assert orders.wait(tmp_path, key, 10) == orders.Outcome(False, "It does not load.")
+    assert asyncio.run(orders.wait(tmp_path, key, 10)) == orders.Outcome(False, "It does not load.")
     assert list((tmp_path / "orders").iterdir()) == []
-    late = orders.wait(tmp_path, orders.order(tmp_path, "model", load=False), 0.1)
+    late = asyncio.run(orders.wait(tmp_path, orders.order(tmp_path, "model", load=False), 0.1))
     assert "did not act within 0.1 s" in late.reason
+
+
+def test_orders_that_wait_leave_the_threads_to_others(tmp_path):
+    """They have the log to hand over and the numbers to write; there are a few more of them than cores."""
+
+    async def ask():
+        keys = [orders.order(tmp_path, "model", load=True) for _ in range(64)]
+        waiting = [asyncio.create_task(orders.wait(tmp_path, key, 60)) for key in keys]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.to_thread(lambda: None), 20)
+        assert not any(one.done() for one in waiting)
+        for key in keys:
+            orders.answer(tmp_path, key)
+        return await asyncio.gather(*waiting)
+
+    assert set(asyncio.run(ask())) == {orders.Outcome(True)}
+    assert list((tmp_path / "orders").iterdir()) == []
+
+
+def test_an_order_leaves_nothing_behind_when_nobody_waits(tmp_path):
+    async def cancelled():
+        waiting = asyncio.create_task(orders.wait(tmp_path, orders.order(tmp_path, "model", load=True), 60))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(cancelled())
+    assert list((tmp_path / "orders").iterdir()) == []
+    for _ in range(2):  # by workers that were killed
+        key = orders.order(tmp_path, "model", load=True)
+        orders.answer(tmp_path, key)
+    young = orders.order(tmp_path, "model", load=False)
+    for path in (tmp_path / "orders").iterdir():
+        if path.stem != young:
+            os.utime(path, (1, 1))
+    assert [one.key for one in orders.waiting(tmp_path)] == [young]
+    assert [path.stem for path in (tmp_path / "orders").iterdir()] == [young]
 
 
 def test_bundles_that_are_named_new_or_young_stay(tmp_path):
