@@ -84,20 +84,24 @@ def _model_role(rest: list[str]) -> Role:
 
 
 class Keys:
-    """The keys of a file, read again when it changes. Not thread-safe: one for each event loop."""
+    """The keys of a file, read again when it changes. Not thread-safe: one for each event loop.
+
+    A file that cannot be read is no reason to end: a worker that starts meanwhile lets nobody in, and looks again.
+    """
 
     def __init__(self, path: Path, *, required: bool = False) -> None:
-        """`required`: where there is no file nobody gets in; otherwise everybody does."""
+        """`required`: where there is no file nobody gets in; otherwise everybody does. The file is read when somebody
+        asks."""
         self.path = path
         self.required = required
         self._found: dict[bytes, tuple[bytes, Principal]] = {}
         self._on = required
-        self._mark: tuple[int, int, int] | None = None
+        self._mark: tuple[int, ...] | None = None
         self._next = 0.0
 
     @classmethod
     def load(cls, path: Path, *, required: bool = False) -> Keys:
-        """The keys of a file. Raises SettingsError when it is not a keys file."""
+        """The keys of a file, for a server's own start. Raises SettingsError when it is not a keys file."""
         keys = cls(path, required=required)
         keys._read(_mark(path))
         return keys
@@ -149,13 +153,12 @@ class Keys:
         except SettingsError as error:
             # What was read last goes on, or a slip of an editor would turn away everybody at once.
             self._mark = mark
-            logger.error("The keys are those read before: %s", error)
+            logger.error("The keys are those read before, of which there are %d: %s", len(self._found), error)
 
-    def _read(self, mark: tuple[int, int, int] | None) -> None:
-        keys = file.read(self.path)
-        # Once keys are on they stay on: a file that goes away must not open the door.
+    def _read(self, mark: tuple[int, ...] | None) -> None:
+        # Once keys are on they stay on: a file that goes away, or cannot be read, must not open the door.
         self._on = self._on or mark is not None
-        self._found = dict(_entry(key) for key in keys)
+        self._found = dict(_entry(key) for key in file.read(self.path))
         self._mark = mark
 
 
@@ -183,12 +186,15 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _mark(path: Path) -> tuple[int, int, int] | None:
+def _mark(path: Path) -> tuple[int, ...] | None:
+    """What changes with the file, and with who may read and write it; None: there is none."""
     try:
         status = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
 
 
 def _entry(key: Key) -> tuple[bytes, tuple[bytes, Principal]]:

@@ -85,7 +85,7 @@ class Guard:
 
     def __init__(self, protection: Protection) -> None:
         self.limits = protection.limits
-        self.keys = Keys.load(Path(protection.keys), required=protection.required)
+        self.keys = Keys(Path(protection.keys), required=protection.required)
         self.rates = Rates(protection.rate, protection.workers)
         self.audit = Audit(Path(protection.audit))
         self.access_log = AccessLog(protection.access_log) if protection.access_log else None

@@ -135,6 +135,13 @@ def patient(tmp_path, bundle):
     server.stop()
 
 
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def head(path, *more, method="POST", host="127.0.0.1"):
     lines = [f"{method} {path} HTTP/1.1", f"host: {host}", "content-type: application/json", *more]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
@@ -201,6 +208,25 @@ def test_every_route_on_the_wire(tmp_path, bundle):
         files = [file for file in tmp_path.rglob("*") if file.is_file()]
         for key in made.values():
             assert not [file for file in files if key[6:].encode() in file.read_bytes()]
+    finally:
+        server.stop()
+
+
+def test_a_slip_in_the_keys_file_does_not_stop_a_new_worker(tmp_path, bundle):
+    path = tmp_path / "serving" / "keys.json"
+    key = keys.add(path, "shop", ["predict"], "now")
+    server = Running(tmp_path, bundle)
+    try:
+        text, before = path.read_text(), server.worker()
+        path.write_text(text + "}")
+        before.kill()
+        wait_for(lambda: server.workers() not in ([], [before.pid]))
+        with httpx.Client(base_url=server.url) as client:
+            good = {"authorization": f"Bearer {key}"}
+            assert client.get("/v2/health/live").status_code == 200
+            assert client.get("/v2/models/trips", headers=good).status_code == 401
+            path.write_text(text)
+            wait_for(lambda: client.get("/v2/models/trips", headers=good).status_code == 200)
     finally:
         server.stop()
 

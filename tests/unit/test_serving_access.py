@@ -377,6 +377,28 @@ def test_a_configured_file_that_is_missing_lets_nobody_in(tmp_path):
     refused(401, guard.admit, "GET", "/status", b"localhost", None, "127.0.0.1")
 
 
+SLIPS = [lambda path: path.write_text("{"), lambda path: path.chmod(0o664), lambda path: path.write_text("")]
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_worker_that_starts_during_a_slip_lets_nobody_in_until_it_is_mended(tmp_path, path, slip, caplog):
+    key, settings = keys.add(path, "shop", ["predict"], NOW), load_settings(home=tmp_path / "home")
+    text, made = path.read_text(), protection(settings, {}, "127.0.0.1")  # where no key would be asked for
+    assert not made.required
+    slip(path)
+    guard = Guard(made)
+    ask = ("POST", "/predict/taxi", b"localhost", bearer(key), "127.0.0.1")
+    refused(401, guard.admit, *ask)
+    assert str(path) in caplog.text
+    guard.admit("GET", "/v2/health/live", b"localhost", None, "127.0.0.1")
+    with pytest.raises(SettingsError):
+        protection(settings, {}, "127.0.0.1")  # a server's own start says so
+    path.write_text(text)
+    path.chmod(0o600)
+    wait_for(lambda: guard.keys.on and guard.keys._found)
+    assert guard.admit(*ask).name == "shop"
+
+
 def test_protection_crosses_to_a_worker_as_json(tmp_path, path):
     settings = load_settings(home=tmp_path / "home", hosts="noria.example.org", rate=7, access_log="-")
     made = protection(settings, {"NORIA_LIMIT_QUEUE": "5"}, "127.0.0.1", workers=4)
