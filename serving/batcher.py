@@ -70,7 +70,7 @@ class Lane:
 
     def learn(self, size: int, elapsed: float, calls: int) -> None:
         """A batch of so many bytes and calls took so long."""
-        bits, each = size.bit_length(), elapsed / max(calls, 1)
+        bits, each = size.bit_length(), elapsed / calls
         self.seconds[bits] = min(elapsed, PATIENCE * self.seconds.get(bits, elapsed))
         self.each = min(each, PATIENCE * (self.each or each))
         self.longest = min(elapsed, PATIENCE * (self.longest or elapsed))
@@ -169,7 +169,8 @@ class Batcher:
         """Run a batch of so many bytes and remember what it took."""
         began = time.perf_counter()
         runs = execute(model, calls, self.recorder, together=self.batching, late=late)
-        lane.learn(size, time.perf_counter() - began, len(calls))
+        if calls:  # a batch whose clients have all left tells nothing of what one takes
+            lane.learn(size, time.perf_counter() - began, len(calls))
         return runs
 
 

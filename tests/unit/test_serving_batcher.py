@@ -349,6 +349,16 @@ def test_one_slow_batch_does_not_decide_the_next(service):
     assert lane.expected(50_000, model, 1) > model.expected(1)  # nothing is known of this size but the run
 
 
+def test_a_batch_whose_clients_have_left_teaches_nothing(service):
+    content = body("x", "FP32", [1, 2], [1, 2])
+    at_once(service, "double", [content])
+    lane = service.batcher.lanes["double"]
+    lane.learn(len(content), 0.4, 1)
+    known = lane.each, lane.longest, dict(lane.seconds)
+    assert at_once(service, "double", [content], lambda _, call: setattr(call, "gone", True)) == [None]
+    assert (lane.each, lane.longest, lane.seconds) == known
+
+
 def test_a_request_that_would_wait_too_long_is_refused_at_once():
     lane = Lane("m")
     lane.learn(100, 0.02, 10)
