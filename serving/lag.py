@@ -27,7 +27,9 @@ def handed_over(folder: Path) -> Waiting:
 
 
 def look_at_log(metrics: Metrics, waiting: Waiting, workloads: Iterable[str]) -> None:
-    """Tell the metrics what waits; nothing, for the other `workloads`."""
-    for workload in {*workloads, *waiting}:
+    """Tell the metrics what waits; nothing, for the other `workloads`; and of no others any more."""
+    known = {*workloads, *waiting}
+    for workload in known:
         rows, segments, oldest = waiting.get(workload, (0, 0, None))
         metrics.log_lag(workload, rows, segments, oldest)
+    metrics.log_lag_only(known)

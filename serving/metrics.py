@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib.metadata import version as installed
 from pathlib import Path
 
@@ -152,6 +152,12 @@ class Metrics:
         self._set("noria_log_pending_rows", (workload,), rows)
         self._set("noria_log_pending_segments", (workload,), segments)
         self._set("noria_log_lag_seconds", (workload,), max(0.0, time.time() - oldest) if rows and oldest else 0.0)
+
+    def log_lag_only(self, workloads: Set[str]) -> None:
+        """Tell nothing of what waits of others than these: what went and is in the lake would lag for ever."""
+        for name in ("noria_log_pending_rows", "noria_log_pending_segments", "noria_log_lag_seconds"):
+            for labels in [labels for labels in self._numbers[name] if labels[0] not in workloads]:
+                del self._numbers[name][labels]
 
     def log_lost(self, total: int) -> None:
         """So many answered rows and labels could not be logged since this process began."""

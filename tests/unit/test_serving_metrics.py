@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from serving import tally
 from serving.families import FAMILIES, MOST, POWERS, SECONDS
+from serving.lag import look_at_log
 from serving.metrics import Metrics
 from serving.tally import MOST_VERSIONS, RETIRED, retire
 
@@ -181,6 +182,17 @@ def test_a_worker_that_was_killed_keeps_its_counters_and_loses_its_gauges(tmp_pa
     monkeypatch.setattr(tally, "STALE_SECONDS", 0.0)
     assert read(one, "noria_requests_total") == 12
     assert read(one, "noria_queue_requests") == 5
+
+
+def test_a_model_that_went_lags_no_more(tmp_path):
+    metrics = Metrics(tmp_path, "parent")
+    waits = {"old": (57, 1, time.time() - 200)}
+    look_at_log(metrics, waits, ["old", "other"])
+    look_at_log(metrics, waits, ["other"])
+    assert read(metrics, "noria_log_pending_rows") == 57, "it is unloaded, and its last rows wait"
+    look_at_log(metrics, {}, ["other"])
+    for name in ("noria_log_pending_rows", "noria_log_pending_segments", "noria_log_lag_seconds"):
+        assert metrics.numbers()[name] == {("other",): [0.0]}
 
 
 def test_ended_workers_are_folded_once(tmp_path):
