@@ -12,7 +12,7 @@ Not here: scoring (`serving.shadow`), which workloads have a challenger (`servin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from serving.drain import Ready
@@ -54,6 +54,13 @@ class Feed:
         """Remove what waits for a workload, and what was taken and not finished."""
         for path in [*_entries(self._waiting(workload)), *self.taken(workload)]:
             path.unlink(missing_ok=True)
+
+    def forget_others(self, workloads: Collection[str]) -> None:
+        """The same for all but these: one that ends may be offered more until the drain knows, or take more itself."""
+        found = {folder.name for folder in _entries(self.folder / "waiting")}
+        found |= {Ready.parse(path).workload for path in _entries(self.folder / "taken")}
+        for workload in found.difference(workloads):
+            self.forget(workload)
 
     def waiting(self, workload: str) -> int:
         """Rows that wait."""

@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,8 @@ IDLE_SECONDS, LONGER_SECONDS = 0.1, 5.0
 MOST_MEMORY = 4 * 2**30
 """Bytes of its own that the process may hold, all challengers together."""
 GRACE_SECONDS = 3
+MOST_WRITERS = 256
+"""Writers whose last segment is remembered; only those of the last few can come again."""
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +112,16 @@ class Shadow:
 
     def _shadow(self, workload: str, challenger: Challenger, path: Path) -> None:
         """Score a segment, hand the answers over, and be done with it. Killed in between, the next process repeats it,
-        and the lake knows the repetition by its name."""
+        and the lake knows the repetition by its name, as the counts do; so, too, where the drain was killed and offers
+        it once more."""
+        segment, before = Ready.parse(path), self._reached[workload]
+        if segment.number <= before.last.get(segment.source, -1):
+            path.unlink(missing_ok=True)
+            return
         answers = self._score(challenger, path)
         if answers is None:
             return  # told to end: the segment stays taken
-        self._hand_over(challenger, Ready.parse(path), answers)
-        before = self._reached[workload]
+        self._hand_over(challenger, segment, answers)
         self._keep(
             workload,
             replace(
@@ -126,6 +132,7 @@ class Shadow:
                 errors=before.errors + answers.errors,
                 error=answers.error or before.error,
                 runs=_counted(before.runs, answers.seconds),
+                last=_newest(before.last, segment),
             ),
         )
         path.unlink(missing_ok=True)
@@ -166,6 +173,11 @@ def _counted(runs: Sequence[float], seconds: Sequence[float]) -> list[float]:
     if seconds:
         spread(held, SHORT_SECONDS, seconds)
     return held
+
+
+def _newest(last: Mapping[str, int], segment: Ready) -> dict[str, int]:
+    others = [(source, number) for source, number in last.items() if source != segment.source]
+    return dict([*others[1 - MOST_WRITERS :], (segment.source, segment.number)])
 
 
 def yield_to_all() -> None:

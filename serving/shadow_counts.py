@@ -38,6 +38,8 @@ class ShadowCounts:
         status = shadow_state.read(self.folder / "status.json", Status)
         for workload, stands in status.items():
             was = self._status.get(workload)
+            if was is not None and stands.asked and was.asked != stands.asked:
+                was = None  # another challenger, whose counts begin anew
             dropped = _rise(stands.dropped, was.dropped if was else 0)
             restarts = _rise(stands.restarts, was.restarts if was else 0)
             metrics.shadowed(workload, stands.version, dropped=dropped)

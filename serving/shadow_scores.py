@@ -7,7 +7,7 @@ latencies of both mean the same. Not here: files and processes (`serving.shadow`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -65,11 +65,10 @@ def score(model: Model, rows: pa.Table, answers: Answers) -> Iterator[None]:
     if not len(rows) or model.bundle is None:
         return
     schema = model.bundle.schema
-    try:
-        tensors = _tensors(schema, rows)
-    except SchemaError as error:
-        answers.refuse(len(rows), str(error))
+    rows = yield from _castable(schema, rows, answers)
+    if not len(rows):
         return
+    tensors = _tensors(schema, rows)
     log = {name: rows.column(name).to_numpy() for name in ("version", "score")}
     log["action"] = np.array(rows.column("action").to_pylist(), object)
     log["id"] = np.array(rows.column("prediction_id").to_pylist(), object)
@@ -124,6 +123,26 @@ def _tensors(schema: Schema, rows: pa.Table) -> Tensors:
                 raise SchemaError(sentence, column.name)
             rows = rows.append_column(column.name, pa.nulls(len(rows), ARROW[column.kind]))
     return schema.tensors(rows)
+
+
+def _castable(schema: Schema, rows: pa.Table, answers: Answers) -> Generator[None, None, pa.Table]:
+    """The rows whose values can be of the challenger's types. A refusal tells of no row, so halves are tried; yields
+    after every try."""
+    try:
+        _tensors(schema, rows)
+        return rows
+    except pa.ArrowInvalid as error:
+        if len(rows) > 1:
+            half = len(rows) // 2
+            yield
+            first = yield from _castable(schema, rows.slice(0, half), answers)
+            yield
+            second = yield from _castable(schema, rows.slice(half), answers)
+            return pa.concat_tables([first, second])
+        answers.refuse(1, f"A value is not of its column's type in the challenger: {error}")
+    except (SchemaError, pa.ArrowException) as error:
+        answers.refuse(len(rows), str(error))
+    return rows.slice(0, 0)
 
 
 def _accept(schema: Schema, tensors: Tensors, valid: np.ndarray, first: int, answers: Answers) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -54,6 +54,8 @@ class Reached:
     """The last of them, as a sentence."""
     runs: Sequence[float] = ()
     """How long its runs took: of each bucket of `serving.families.SHORT_SECONDS` how many, those above, the sum."""
+    last: Mapping[str, int] = field(default_factory=dict)
+    """The number of the last segment of each writer that is counted here, those of the newest writers."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Shadowing:
             if str(error) != self._unreachable:
                 logger.warning("%s Shadowing goes on with what was fetched.", error)
             self._unreachable = str(error)
+        self.feed.forget_others(self._asks)
         self._keep_process()
         self._tell()
 
@@ -216,6 +217,7 @@ class Shadowing:
             status=found.status,
             sentence=sentence if found.since else "loading as a shadow",
             since=found.since,
+            asked=ask.asked,
             rows=found.rows,
             agreement=found.agreed / found.rows if found.rows else None,
             difference=found.difference / found.rows if found.rows else None,

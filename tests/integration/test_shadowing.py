@@ -20,6 +20,7 @@ from noria.lake import Lake
 from registry.proof import Proof
 from registry.store import Store
 from serving.shadow_scores import chosen
+from serving.shadowing import Shadowing
 
 _SPEC = importlib.util.spec_from_file_location("serving_as_run", Path(__file__).with_name("test_serving.py"))
 serving = importlib.util.module_from_spec(_SPEC)
@@ -190,6 +191,38 @@ def test_a_broken_challenger_is_told_once_and_costs_nothing(server, store, make_
     assert server.log().count(f"trips version {broken} failed") == 1
     store.move("trips", "challenger", 2)
     wait(lambda: tag(store, 2).startswith("shadowing since"), PATIENCE)
+
+
+class Slow(Store):
+    """A registry that takes its time when a challenger ends; the drain works meanwhile."""
+
+    def tag(self, version, tags):
+        """As the real one, after what is done meanwhile."""
+        if tags["noria.serving"].startswith("stopped shadowing"):
+            self.meanwhile()
+        super().tag(version, tags)
+
+
+def test_what_is_offered_while_a_challenger_ends_is_left_to_no_other(store, mlflow_url, tmp_path):
+    slow, folder = Slow(mlflow_url), tmp_path / "serving"
+    store.move("trips", "challenger", 2)
+    follows = Shadowing(slow, tmp_path / "bundles", folder)
+
+    def offer():
+        path = tmp_path / "trips.one.000000001.2"
+        path.write_bytes(b"")
+        follows.feed.offer(path)
+        offered.append(follows.feed.waiting("trips"))
+
+    slow.meanwhile, offered = offer, []
+    try:
+        follows.step()
+        store.drop("trips", "challenger")
+        follows.step()
+        follows.step()  # the process may have taken it in between
+        assert offered and not list((folder / "shadow").rglob("trips.*"))
+    finally:
+        follows.stop()
 
 
 def test_a_process_killed_again_and_again_is_reported_and_given_up(server, store, trips_schema):

@@ -143,6 +143,10 @@ def test_what_a_shadow_does_is_counted_for_prometheus(home):
         shadow_state.write(home.folder / "shadow" / "status.json", {"trips": found})
         assert told("noria_shadow_rows_total", "trips", "2", "dropped") == [dropped]
     assert told("noria_shadow_restarts_total", "trips") == [1]
+    other = replace(status, asked="b", dropped=3)  # more than at the last look, and all of them its own
+    shadow_state.write(home.folder / "shadow" / "status.json", {"trips": other})
+    assert told("noria_shadow_rows_total", "trips", "2", "dropped") == [11]
+    assert told("noria_shadow_restarts_total", "trips") == [2]
     shadow_state.write(home.folder / "shadow" / "status.json", {"trips": replace(status, status="failed")})
     assert told("noria_shadow_failed", "trips") == [1]
     shadow_state.write(home.folder / "shadow" / "status.json", {})
@@ -243,9 +247,10 @@ def test_a_parent_killed_around_the_link_shadows_every_row_once(home, moment):
         home.move()
     assert sorted(row["prediction_id"] for row in home.rows()) == sorted(ids)
     assert sorted(row["prediction_id"] for row in home.rows("predictions")) == sorted(ids)
+    assert home.reached().rows == len(ids), "nor is any counted twice"
 
 
-@pytest.mark.parametrize("moment", ["before it handed over", "after it handed over"])
+@pytest.mark.parametrize("moment", ["before it handed over", "after it handed over", "after it counted"])
 def test_a_shadow_killed_in_a_segment_repeats_it_without_effect(home, moment, monkeypatch):
     ids = home.answer()
     home.move()
@@ -258,14 +263,19 @@ def test_a_shadow_killed_in_a_segment_repeats_it_without_effect(home, moment, mo
             home.move()
         raise Killed
 
-    monkeypatch.setattr(shadow, "_hand_over", killed)
+    def counted(*given):
+        if "shadowing" in (given[1].status, keep(*given)) and given[1].rows:
+            raise Killed
+
+    keep = shadow._keep
+    monkeypatch.setattr(shadow, *(("_keep", counted) if moment == "after it counted" else ("_hand_over", killed)))
     with pytest.raises(Killed):
         shadow.step()
     assert len(home.feed.taken("trips")) == 1
     assert Shadow(home.folder).step()
     home.move()
     assert sorted(row["prediction_id"] for row in home.rows()) == sorted(ids)
-    assert home.waiting() == []
+    assert home.waiting() == [] and home.reached().rows == len(ids)
 
 
 def test_told_to_end_it_stops_between_batches_and_the_next_one_goes_on(home):
@@ -322,6 +332,18 @@ def test_rows_that_it_cannot_answer_are_counted_and_hold_up_no_others(home, bund
     list(score(_with_schema(model, type(schema).from_json(narrower)), rows, refused))
     assert (len(refused), refused.errors) == (0, 3)
     assert "no 'tip', which the challenger requires" in refused.error
+
+
+def test_a_value_of_another_type_than_the_challengers_is_a_row_that_it_could_not_answer(home, bundle):
+    wider = [replace(column, kind="number") if column.name == "zone" else column for column in home.schema.columns]
+    home.schema = replace(home.schema, columns=tuple(wider))
+    home.champion = _with_schema(home.champion, home.schema)
+    rows = _predictions(home, [RECORD, {**RECORD, "zone": 1.5}, RECORD, RECORD, {**RECORD, "zone": 2.5}])
+    answers = Answers()
+    list(score(load("trips", 2, bundle, "cpu"), rows, answers))
+    assert (len(answers), answers.errors) == (3, 2)
+    assert answers.parts[0]["id"] == [rows["prediction_id"][row].as_py() for row in (0, 2, 3)]
+    assert "2.5" in answers.error
 
 
 def _with_schema(model, schema):
