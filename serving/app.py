@@ -38,12 +38,13 @@ class Gone(Exception):
 class Told:
     """What is known of one request for its line in the access log."""
 
-    __slots__ = ("began", "key", "received", "version")
+    __slots__ = ("began", "counted", "key", "received", "version")
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.key, self.received = "", 0
         self.version: int | None = None
+        self.counted = False
 
 
 class App:
@@ -76,8 +77,10 @@ class App:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             answer = as_json({"error": "The server has a fault; its log tells more."}, 500)
         seconds = time.perf_counter() - told.began
-        if hot(scope["path"]) is None:  # the service counts the others
+        if (route := hot(scope["path"])) is None:
             self.service.metrics.answered("page", "", 0, answer.status, seconds)
+        elif not told.counted:
+            self.service.metrics.turned_away(route.name, route.workload, answer.status)
         if self.service.guard is not None and self.service.guard.access_log is not None:
             self.service.guard.access_log.add(_line(scope, answer, told, seconds))
         headers = [
@@ -121,6 +124,7 @@ class App:
         request = Request(route.name, route.workload, body, headers, route.version)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         call = self.service.accept(request, lambda answer: None if future.done() else future.set_result(answer))
+        told.counted = True  # by the service, whatever it answers
         try:
             return await future
         finally:

@@ -107,7 +107,7 @@ class Recorder(Protocol):
     ) -> None:
         """Log what was left for later, and count what was answered, and by which runs. Called in the loop."""
 
-    def refused(self, workload: str, route: str, reason: str) -> None:
+    def refused(self, workload: str, route: str, status: int, reason: str = "") -> None:
         """Count a request that never came to a batch."""
 
 

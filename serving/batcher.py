@@ -94,7 +94,9 @@ class Batcher:
         lane = self.lanes.get(call.workload)
         if lane is None:
             if call.workload not in self.engine.models:
-                call.reply(refused(self.engine.refusal(call.workload)))
+                refusal = self.engine.refusal(call.workload)
+                self.recorder.refused(call.workload, call.route, refusal.status)
+                call.reply(refused(refusal))
                 return
             lane = self.lanes[call.workload] = Lane(call.workload)
         busy = self.busy(call.workload, call.route)
@@ -111,7 +113,7 @@ class Batcher:
         lane = self.lanes.get(workload)
         if lane is None or (len(lane.queue) < self.most_waiting and not (lane.queue and lane.late())):
             return None
-        self.recorder.refused(workload, route, "queue_full")
+        self.recorder.refused(workload, route, 503, "queue_full")
         return lane.busy
 
     async def ask(self, call: Call) -> Answer:

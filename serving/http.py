@@ -16,7 +16,7 @@ from serving.connections import LAST_WORDS_SECONDS
 from serving.exchange import Exchange, Heads
 from serving.holding import Held, Holds
 from serving.parsing import Parsing
-from serving.routes import hot_url
+from serving.routes import NOWHERE, hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import RETRY, Answer, Refusal, refused
 
@@ -50,7 +50,8 @@ class Protocol(Parsing):
         self.exchange: Exchange | None = None
         self.holds = Holds(self.held)
         if len(self.connections) > self.limits.connections:
-            self._refuse(Refusal(503, f"There are {self.limits.connections} connections; try again in a second."))
+            refusal = Refusal(503, f"There are {self.limits.connections} connections; try again in a second.")
+            self._refuse(refusal, "connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left: what it asked for is dropped from its batch."""
@@ -147,13 +148,13 @@ class Protocol(Parsing):
             if name in WANTED:
                 exchange.headers[name] = value
             elif name == b"content-length" and int(value) > self.limits.body_bytes:
-                self._answer(exchange, refused(too_large(self.limits)))
+                self._turn_away(exchange, too_large(self.limits))
                 return
         if self.service.guard is not None:
             try:
                 exchange.key = self.service.admit("POST", route.path, exchange.headers, self.address)
             except Refusal as refusal:
-                self._answer(exchange, refused(refusal))
+                self._turn_away(exchange, refusal)
                 return
         busy = self.service.batcher.busy(route.workload, route.name) if route.name != "feedback" else None
         if busy is not None:  # there is no need to wait for the body
@@ -170,16 +171,16 @@ class Protocol(Parsing):
             return
         if exchange is None:
             if not self.cycle.response_complete and self.holds.take(len(body)) > self.limits.held_bytes:
-                self._refuse(FULL)
+                self._refuse(FULL, "shedding")
                 return
             super().on_body(body)
         elif not exchange.response_complete:
             exchange.add(body)
             self.held.size += len(body)
             if exchange.size > self.limits.body_bytes:
-                self._answer(exchange, refused(too_large(self.limits)))
+                self._turn_away(exchange, too_large(self.limits))
             elif self.held.size > self.limits.held_bytes:
-                self._answer(exchange, refused(FULL))
+                self._turn_away(exchange, FULL, "shedding")
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -248,6 +249,10 @@ class Protocol(Parsing):
         super().send_400_response(msg)
         self._note_refused(400, len(msg))
 
+    def _turn_away(self, exchange: Exchange, refusal: Refusal, reason: str = "") -> None:
+        self.service.metrics.turned_away(exchange.route.name, exchange.route.workload, refusal.status, reason)
+        self._answer(exchange, refused(refusal))
+
     def _rest(self) -> None:
         self.reading = "next"
         self.since = self.loop.time()
@@ -261,12 +266,13 @@ class Protocol(Parsing):
             (time.perf_counter() - began) * 1000, answer.rows, model.version if model else None,
         ))  # fmt: skip
 
-    def _note_refused(self, status: int, sent: int) -> None:
+    def _note_refused(self, status: int, sent: int, reason: str = "") -> None:
         """A line for what never became a whole request: without a path, as long as that is not known whole."""
+        exchange = None if self.exchange is None or self.exchange.response_complete else self.exchange
+        key, method, at = (exchange.key, "POST", exchange.route) if exchange else ("", "", NOWHERE)
+        self.service.metrics.turned_away(at.name, at.workload, status, reason)
         if self.notes is not None:
-            exchange = self.exchange
-            key, method, path = (exchange.key, "POST", exchange.route.path) if exchange else ("", "", "")
-            self.notes.add(Access(time.time(), "", self.address, key, method, path, status, 0, sent, 0.0, 0, None))
+            self.notes.add(Access(time.time(), "", self.address, key, method, at.path, status, 0, sent, 0.0, 0, None))
 
     def _write(self, answer: Answer, keep: bool) -> None:
         head = self.heads.of(answer, keep, self.server_state.default_headers)
@@ -276,13 +282,13 @@ class Protocol(Parsing):
             self.transport.write(head)
             self.transport.write(answer.body)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal, reason: str = "") -> None:
         """Answer what is no request, and let go of the connection."""
         answered = self.reading == "body" and self.cycle is not None and self.cycle.response_complete
         if not answered:
             answer = refused(refusal)
             self._write(answer, keep=False)
-            self._note_refused(answer.status, len(answer.body))
+            self._note_refused(answer.status, len(answer.body), reason)
         # Closing at once would reset a connection on which more is under way, and the client would not read why.
         self.reading = "nothing"
         self.since = self.loop.time()

@@ -21,15 +21,16 @@ from serving.families import BY_NAME, SECONDS, SHORT_SECONDS, Numbers, add, empt
 from serving.tally import Tally
 
 ROUTES = frozenset({"predict", "infer", "feedback", "grpc_infer", "metadata", "health", "repository", "page"})
-REASONS = frozenset(
-    {"queue_full", "deadline", "rate", "auth", "body_size", "timeout", "connections", "not_ready", "shedding"}
-)
+BECAUSE = {408: "timeout", 413: "body_size", 431: "header_size", 503: "not_ready"}
+"""Why a request is turned away, by its status, where nothing else is said."""
+REASONS = frozenset({"queue_full", "deadline", "rate", "auth", "connections", "shedding", *BECAUSE.values()})
 SWAPS = ("serving", "failed")
 OTHER = "other"
 """The label of a route or reason that is not among these."""
 OK = 200
 OF_LANES = (BY_NAME["noria_batch_rows"], BY_NAME["noria_rows_total"])
 DURATION = "noria_request_duration_seconds"
+OF_ANSWERS = (BY_NAME["noria_requests_total"], BY_NAME[DURATION])
 
 Key = tuple[str, str, int, int]
 """Route, workload ("" when there is none of that name), version (0: none), status."""
@@ -117,6 +118,16 @@ class Metrics:
             self._add("noria_labels_total", (self._known(workload),), rows)
         elif rows and version:
             self._add("noria_rows_total", (workload, str(version)), rows)
+
+    def turned_away(self, route: str, workload: str, status: int, reason: str = "") -> None:
+        """Count one answer to a request that went no further, and why (one of REASONS, where there is one).
+
+        It has no duration: it was not whole, or nothing was done, and many of them would hide how long others take.
+        """
+        labels = (route if route in ROUTES else OTHER, self._known(workload), "", str(status))
+        self._add("noria_requests_total", labels, 1)
+        if reason := reason or BECAUSE.get(status, ""):
+            self.refused(workload, reason)
 
     def queued(self, workload: str, depth: int) -> None:
         """So many requests of a workload wait now."""
@@ -206,8 +217,8 @@ class Metrics:
             add(found, {**batches, "noria_rows_total": {(workload, str(version)): [lane.rows[-1]]}}, OF_LANES)
         for (route, workload, version, status), held in self._answers.copy().items():
             labels = (route, workload, str(version) if version else "", str(status))
-            found["noria_requests_total"][labels] = [sum(held[:-1])]
-            add(found, {DURATION: {labels[:2]: held}}, (BY_NAME[DURATION],))
+            counted: Numbers = {"noria_requests_total": {labels: [sum(held[:-1])]}, DURATION: {labels[:2]: held}}
+            add(found, counted, OF_ANSWERS)
         for metric in self._process.collect():
             for sample in metric.samples:
                 if sample.name in BY_NAME:

@@ -151,10 +151,9 @@ class Records:
             row += entry.rows
             left -= entry.rows
 
-    def refused(self, workload: str, route: str, reason: str) -> None:
+    def refused(self, workload: str, route: str, status: int, reason: str = "") -> None:
         """Count a request that never came to a batch."""
-        self.metrics.refused(workload, reason)
-        self.metrics.answered(route, workload, 0, 503, 0.0)
+        self.metrics.turned_away(route, workload, status, reason)
 
     def _trace(self, tracer: Tracer, model: Model, calls: Sequence[Call], runs: Sequence[Run], now: float) -> None:
         """Tell the tracer of a batch: each request once, with the last run that it was in."""

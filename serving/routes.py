@@ -21,6 +21,10 @@ class Hot(NamedTuple):
     version: int | None = None
 
 
+NOWHERE = Hot("", "", "")
+"""Where a request goes of which too little has come to say."""
+
+
 def hot(path: str) -> Hot | None:
     """The hot route at a decoded path, without its query; None: another route."""
     return (_hot if len(path) <= KEPT_CHARACTERS else _hot.__wrapped__)(path)

@@ -123,7 +123,7 @@ class Service:
             return None
 
     def _refuse(self, request: Request, answer: Answer, reply: Callable[[Answer], None]) -> None:
-        self.metrics.answered(request.route, request.workload, 0, answer.status, 0.0)
+        self.metrics.turned_away(request.route, request.workload, answer.status)
         reply(answer)
 
     def admit(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 
 import grpc.aio
@@ -161,6 +162,7 @@ def test_every_answer_has_one_line_in_the_access_log(noting):
     assert status["sent"] > 100 and 0 < status["ms"] < 5000
     assert (hot["version"], hot["rows"], hot["received"]) == (1, 1, len(BODY))
     assert (found[-1]["version"], found[-1]["rows"], found[-1]["received"]) == (1, 1, len(BODY)), "pipelined"
+    assert counted(noting).total() == len(found), "each of them is counted, too"
 
 
 def test_a_request_that_does_not_arrive_has_its_line_too(noting):
@@ -169,6 +171,54 @@ def test_a_request_that_does_not_arrive_has_its_line_too(noting):
     assert statuses(talk(noting, b"POST /predict/trips HT")) == [408]
     lines = [(line["method"], line["path"], line["status"], line["key"]) for line in noting.lines()]
     assert lines == [("POST", "/predict/trips", 408, "predict"), ("", "", 408, "")]
+
+
+def counted(running):
+    """Answers that the metrics tell of, by route, workload and status."""
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), running.loop).result(5)  # some are counted after their bytes
+    found = Counter()
+    for (route, workload, _, status), (number,) in running.service.metrics.numbers()["noria_requests_total"].items():
+        found[route, workload, int(status)] += int(number)
+    return found
+
+
+def test_what_is_turned_away_is_counted_with_its_reason(running):
+    running.service.metrics.loaded("trips", 1, "CPUExecutionProvider")
+    running.service.engine.known["late"] = Desired("late", 2, "", "a")
+    hot, told = ("predict", "trips"), {}
+
+    def expect(key, reason, *sent):
+        before = counted(running)
+        assert statuses(talk(running, *sent)) == [key[-1]]
+        assert counted(running) - before == Counter([key]), (key, reason)
+        if reason:
+            told[key[1], reason] = told.get((key[1], reason), 0.0) + 1
+
+    expect(("predict", "", 404), "", post(path="/predict/no-such-name"))
+    expect(("infer", "", 503), "not_ready", post(path="/v2/models/late/infer"))
+    expect(("feedback", "", 503), "not_ready", post(path="/feedback/late"))
+    expect((*hot, 413), "body_size", post(b"x" * (LIMITS.body_bytes + 1)))
+    expect((*hot, 415), "", post(headers="content-type: text/html\r\n"))
+    expect((*hot, 408), "timeout", post()[:-5])
+    expect(("other", "", 408), "timeout", b"POST /predict/trips HT")
+    expect(("other", "", 431), "header_size", b"GET /%b HTTP/1.1\r\n\r\n" % (b"x" * LIMITS.header_bytes))
+    expect(("other", "", 400), "", b"NONSENSE\r\n\r\n")
+    running.service.limits = replace(LIMITS, held_bytes=len(BODY) - 1)
+    expect((*hot, 503), "shedding", post())
+    running.service.limits = replace(LIMITS, connections=0)
+    expect(("other", "", 503), "connections", b"")
+    found = running.service.metrics.numbers()
+    refusals = {labels: number for labels, (number,) in found["noria_refusals_total"].items() if number}
+    assert refusals == told
+    assert not sum(map(sum, found["noria_request_duration_seconds"].values())), "none of them took a request's time"
+
+
+def test_pipelined_requests_that_are_turned_away_are_counted(running):
+    running.service.metrics.loaded("trips", 1, "CPUExecutionProvider")
+    large = b"x" * (LIMITS.body_bytes + 1)
+    sent = post() + post(path="/predict/nobody") + post(large)
+    assert statuses(talk(running, sent, until=3)) == [200, 404, 413]
+    assert counted(running) == {("predict", "trips", 200): 1, ("predict", "", 404): 1, ("predict", "trips", 413): 1}
 
 
 def post(body=BODY, path="/predict/trips", *, headers="", length=True):
