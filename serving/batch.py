@@ -105,7 +105,8 @@ class Recorder(Protocol):
     def answered(
         self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop
     ) -> None:
-        """Log what was left for later, and count what was answered, and by which runs. Called in the loop."""
+        """Log what was left for later, and count what was answered, and by which runs. Called in the loop, once it was
+        sent."""
 
     def refused(self, workload: str, route: str, status: int, reason: str = "") -> None:
         """Count a request that never came to a batch."""

@@ -156,10 +156,14 @@ class Batcher:
 
     def _finish(self, lane: Lane, model: Model, calls: list[Call], runs: list[Run]) -> None:
         """Send the answers, when the log allows; then see to what has arrived meanwhile."""
+
+        def send() -> None:
+            _send(calls)
+            self.recorder.answered(model, calls, runs, self._here())
+
         try:
             if calls:
-                self.recorder.release(model, runs, lambda: _send(calls))
-                self.recorder.answered(model, calls, runs, self._here())
+                self.recorder.release(model, runs, send)
         except Exception:  # those that wait have done nothing wrong
             logger.exception("What %s answered is not counted, or not logged", lane.workload)
         if lane.queue:

@@ -22,6 +22,7 @@ from serving.model import Model
 from serving.tracing import Request as Traced
 from serving.tracing import Run as TracedRun
 from serving.tracing import Tracer
+from serving.wire import Answer
 
 OK = 200
 FLUSH_SECONDS, FLUSH_ROWS = 0.002, 256
@@ -93,7 +94,8 @@ class Records:
     def answered(
         self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop
     ) -> None:
-        """Count a batch, and see to it that what was left for later is logged, together with other batches."""
+        """Count a batch whose answers were sent, and see to it that what was left for later is logged, together with
+        other batches."""
         # Counted at once, because what was just used is quickly read, and quickly let go.
         now = time.perf_counter()
         self._count(model, calls, runs, now)
@@ -150,6 +152,16 @@ class Records:
             entry.first = at_row(base, row)
             row += entry.rows
             left -= entry.rows
+
+    def labelled(self, workload: str, answer: Answer, began: float, traceparent: bytes) -> None:
+        """Count a request that brought labels, and tell the tracer."""
+        now, path = time.perf_counter(), ROUTES["feedback"]
+        self.metrics.answered("feedback", workload, 0, answer.status, now - began, answer.rows)
+        if self.tracer is not None:
+            named = path.format(workload=workload)
+            self.tracer.answered(
+                Traced("POST", path, named, began, now, answer.status, traceparent, workload, answer.rows)
+            )
 
     def refused(self, workload: str, route: str, status: int, reason: str = "") -> None:
         """Count a request that never came to a batch."""

@@ -194,8 +194,7 @@ class Service:
         failures = self.log.failures
 
         def done(answer: Answer) -> None:
-            elapsed = time.perf_counter() - began
-            self.metrics.answered("feedback", request.workload, 0, answer.status, elapsed, answer.rows)
+            self.records.labelled(request.workload, answer, began, request.headers.get(b"traceparent", b""))
             reply(answer)
 
         if len(request.body) <= INLINE_BYTES:

@@ -491,6 +491,8 @@ def test_durable_answers_wait_for_the_disk_together(models, tmp_path):
 
     asyncio.run(ask())
     assert at == [1, 1, 1, 2, 2, 2]
+    *counts, seconds = service.metrics.numbers()["noria_request_duration_seconds"]["infer", "double"]
+    assert sum(counts) == 6 and seconds > 6 * 0.05, "who waits for the disk is counted with that"
 
 
 def test_ask_gives_an_answer_and_can_be_cancelled(service):

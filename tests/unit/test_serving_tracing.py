@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import orjson
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -21,6 +22,7 @@ from registry.bundle import write
 from serving import service as serving_service
 from serving import tracing
 from serving.capture import Log
+from serving.config import Config
 from serving.engine import Engine
 from serving.ids import Ids
 from serving.metrics import Metrics
@@ -247,20 +249,33 @@ def test_a_collector_that_is_not_there_costs_the_end_a_few_seconds(monkeypatch):
     assert time.monotonic() - began < 5
 
 
-def test_the_service_tells_of_its_requests_and_their_run(receiver, tmp_path, make_contents):
+class Slow(Log):
+    def sync(self):
+        time.sleep(0.05)
+        super().sync()
+
+
+@pytest.mark.parametrize("ack", ["fast", "durable"])
+def test_the_service_tells_of_its_requests_and_their_run(receiver, tmp_path, make_contents, ack):
     write(tmp_path / "bundle", make_contents())
     tracer = tracing.start("one")
     engine = Engine("cpu")
     engine.take(Desired("trips", 1, str(tmp_path / "bundle"), "a"))
-    service = Service(engine, Log(tmp_path / "log", "one"), Metrics(), Ids(b"k" * 32, 1), tracer=tracer)
+    ids, config = Ids(b"k" * 32, 1), Config(acks={"trips": ack})
+    service = Service(engine, Slow(tmp_path / "log", "one"), Metrics(), ids, config=config, tracer=tracer)
     good = b'[{"pickup": 1, "vendor": "A", "distance": 2, "zone": 1}]'
 
     async def ask():
         answers = []
+        headers = {b"traceparent": f"00-{TRACE}-{PARENT}-01".encode()}
         for body in (good, good, b"{"):
-            headers = {b"traceparent": f"00-{TRACE}-{PARENT}-01".encode()}
             service.accept(serving_service.Request("predict", "trips", body, headers), answers.append)
         while len(answers) < 3:
+            await asyncio.sleep(0.01)
+        name = orjson.loads(answers[1].body)["predictions"][0]["id"]
+        labels = orjson.dumps({"labels": [{"id": name, "label": 4.0}]})
+        service.accept(serving_service.Request("feedback", "trips", labels, headers), answers.append)
+        while len(answers) < 4:
             await asyncio.sleep(0.01)
 
     asyncio.run(ask())
@@ -270,3 +285,7 @@ def test_the_service_tells_of_its_requests_and_their_run(receiver, tmp_path, mak
     assert {span.trace_id.hex() for span in asked} == {TRACE}
     (run,) = [span for span in receiver.spans if len(span.links) == 2]
     assert {link.span_id for link in run.links} <= {span.span_id for span in asked}
+    (told,) = [span for span in receiver.spans if span.name == "POST /feedback/{workload}"]
+    assert told.trace_id.hex() == TRACE and values(told)["http.response.status_code"] == 200
+    synced = [told, *(asked if ack == "durable" else ())]
+    assert min(span.end_time_unix_nano - span.start_time_unix_nano for span in synced) >= 0.05e9
