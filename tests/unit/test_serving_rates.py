@@ -76,6 +76,21 @@ def test_each_worker_gives_its_share():
     assert sum(passes(rates, key(), 0.0) for _ in range(100)) == 25
 
 
+@pytest.mark.parametrize(("rate", "workers", "quota", "window"), [(20, 4, 5, 1), (1, 8, 1, 8), (20, 1, 20, 1)])
+def test_a_client_on_one_connection_is_told_what_it_gets(rate, workers, quota, window):
+    rates = Rates(rate, workers)
+    with pytest.raises(Refusal) as caught:
+        for _ in range(quota + 1):
+            rates.take(key(), 0.0)
+    headers = dict(caught.value.headers)
+    assert headers[b"ratelimit-policy"] == f'"key";q={quota};w={window}'.encode()
+    share = f"and {quota / window:g} times over one connection;"
+    assert f"may ask {rate} times a second" in caught.value.message
+    assert (share in caught.value.message) is (workers > 1)
+    for step in range(3 * quota + 1):  # who keeps to the headers is never refused again
+        assert passes(rates, key(), 100.0 + step * window / quota)
+
+
 def test_slow_rates_let_one_through_at_a_time():
     rates = Rates(0.1)
     assert [passes(rates, key(), now) for now in (0.0, 1.0, 9.9, 10.0, 10.1)] == [True, False, False, True, False]
