@@ -20,11 +20,14 @@ from noria.runtime import SCORE
 from serving.entries import Entry
 from serving.model import Model, even
 from serving.outcome import Outcome, Scored
+from serving.seldom import Seldom
 from serving.wire import Answer, Asked, Refusal, Rows, refused
 
 FAULT = "The server has a fault; its log tells more."
 NO_ID = ("",)
 """Of a row that the log does not hold for certain, where an id is a promise."""
+
+FAILED_RUNS = Seldom()
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +148,9 @@ def _run(model: Model, calls: list[Call], recorder: Recorder, runs: list[Run], *
             for call in calls:
                 _run(model, [call], recorder, runs, taken=taken, late=late)
         else:
-            logger.warning("%s version %s does not run: %s", model.workload, model.version, error)
+            if (kept := FAILED_RUNS.due(model.workload)) is not None:
+                sentence = "%s version %s does not run: %s (%d more since the last such line)"
+                logger.warning(sentence, model.workload, model.version, error, kept)
             reason = " ".join(str(error).split())[:300]
             calls[0].answer = refused(Refusal(400, f"The model does not run on these values: {reason}"))
         return

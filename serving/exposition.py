@@ -33,7 +33,10 @@ class Snapshot(Collector):
 
 def page(numbers: Numbers, accept: str = "") -> tuple[bytes, str]:
     """The page and its content type, by the request's Accept header."""
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a version that is no number: as if nothing were asked for
+        encode, content_type = choose_encoder("")
     return encode(Snapshot(numbers)), content_type
 
 

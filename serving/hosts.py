@@ -11,18 +11,31 @@ The browser says then whose page it is in `Origin`. Not here: keys, which such a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
+from noria.errors import SettingsError
 from serving.wire import Refusal
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
 ANY = "*"
+NAME = re.compile(r"\*|[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
+"""Every name, a name or an address of IPv4, an address of IPv6."""
 ANY_ADDRESS = "any address"
 
 
 def allowed_hosts(bind: str, names: Iterable[str] = ()) -> frozenset[str]:
-    """The allow-list: loopback names, the address that the server listens on, and `names` (`*` allows every name)."""
+    """The allow-list: loopback names, the address that the server listens on, and `names` (`*` allows every name; a
+    port does not matter).
+
+    Raises:
+        SettingsError: one of `names` is none that a request could be for.
+    """
+    for name in filter(str.strip, names := list(names)):
+        if not NAME.fullmatch(_bare(name)):
+            sentence = f"'{name.strip()[:80]}' in NORIA_HOSTS is no host; give names as in models.example.com."
+            raise SettingsError(sentence)
     bound = _bare(bind)
     own = ANY_ADDRESS if bound in EVERY_ADDRESS else bound
     return frozenset({*LOOPBACK, own, *(_bare(name) for name in names if name.strip())})
@@ -75,4 +88,9 @@ def check_origin(origin: bytes, allowed: frozenset[str]) -> None:
 
 
 def _bare(name: str) -> str:
-    return name.strip().lower().strip("[]").removesuffix(".")
+    """As it is compared: in small letters, without brackets, port and last dot."""
+    name = name.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    host, _, port = name.rpartition(":")
+    return (host if port.isdigit() and ":" not in host else name).removesuffix(".")

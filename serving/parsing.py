@@ -10,7 +10,10 @@ from __future__ import annotations
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from serving.seldom import Seldom
+
 INVALID = "Invalid HTTP request received."
+INVALID_LINES = Seldom()
 ONCE = (b"host", b"authorization")
 """Headers that decide who may ask for what. Which one of two counts, each server and proxy would say otherwise."""
 
@@ -36,7 +39,8 @@ class Parsing(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
             except httptools.HttpParserError:
-                self.logger.warning(INVALID)
+                if (kept := INVALID_LINES.due()) is not None:
+                    self.logger.warning("%s (%d more since the last such line)", INVALID, kept)
                 self.send_400_response(INVALID)
                 return
             else:

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from onnx import TensorProto, helper
 
-from serving import batcher, binary, recorder
+from serving import batch, batcher, binary, recorder
 from serving.batch import Call
 from serving.batcher import INLINE_SECONDS, Lane
 from serving.capture import Log
@@ -24,6 +24,7 @@ from serving.ids import Ids, expand
 from serving.metrics import Metrics
 from serving.model import SHARED_SECONDS, load
 from serving.segment import read
+from serving.seldom import Seldom
 from serving.service import Request, Service
 from serving.state import Desired
 
@@ -170,6 +171,13 @@ def test_a_request_that_the_model_cannot_run_fails_alone(service):
     assert [one[0] for one in answers] == [200, 400, 200]
     assert [outputs(answers[number]) for number in (0, 2)] == [[5], [6]]
     assert "does not run on these values" in answers[1][1]["error"]
+
+
+def test_values_that_a_model_does_not_run_on_fill_no_log(service, caplog, monkeypatch):
+    monkeypatch.setattr(batch, "FAILED_RUNS", Seldom())
+    answers = at_once(service, "picky", [body("i", "INT64", [1], [7])] * 20)
+    assert [one[0] for one in answers] == [400] * 20
+    assert caplog.text.count("picky version 1 does not run") == 1
 
 
 def test_shapes_that_differ_do_not_meet(service):

@@ -23,7 +23,7 @@ import uvicorn
 
 from noria.settings import load_settings
 from registry.bundle import write
-from serving import keys, rpc
+from serving import keys, parsing, rpc
 from serving.app import App
 from serving.batch import Call
 from serving.capture import Log
@@ -36,6 +36,7 @@ from serving.ids import Ids
 from serving.limits import Limits
 from serving.messages import MESSAGES
 from serving.metrics import Metrics
+from serving.seldom import Seldom
 from serving.service import Request, Service
 from serving.state import Desired
 from serving.wire import Refusal
@@ -211,6 +212,16 @@ def test_what_is_turned_away_is_counted_with_its_reason(running):
     refusals = {labels: number for labels, (number,) in found["noria_refusals_total"].items() if number}
     assert refusals == told
     assert not sum(map(sum, found["noria_request_duration_seconds"].values())), "none of them took a request's time"
+
+
+def test_what_is_no_http_fills_no_log(running, caplog, monkeypatch):
+    monkeypatch.setattr(parsing, "INVALID_LINES", Seldom())
+    for _ in range(20):
+        assert statuses(talk(running, b"NONSENSE\r\n\r\n")) == [400]
+    assert caplog.text.count(parsing.INVALID) == 1
+    parsing.INVALID_LINES._next.clear()  # a while later
+    talk(running, b"NONSENSE\r\n\r\n")
+    assert f"{parsing.INVALID} (19 more since the last such line)" in caplog.text
 
 
 def test_pipelined_requests_that_are_turned_away_are_counted(running):

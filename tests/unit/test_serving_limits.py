@@ -270,6 +270,7 @@ def test_a_wrong_limit_is_said(name, value, sentence):
 LOCAL = allowed_hosts("127.0.0.1")
 NAMED = allowed_hosts("10.1.2.3", ["Noria.Example.org", " other.example.org. ", ""])
 EVERYWHERE = allowed_hosts("0.0.0.0", ["noria.example.org"])
+PORTS = allowed_hosts("127.0.0.1", ["models.example.com:8443", "10.0.0.7:80", "[2001:db8::1]:443", "2001:db8::2"])
 HOSTS = [
     (LOCAL, "localhost", True), (LOCAL, "LocalHost:8080", True), (LOCAL, "127.0.0.1:1", True), (LOCAL, "[::1]", True),
     (LOCAL, "[::1]:8080", True), (LOCAL, "localhost.", True), (LOCAL, " localhost ", True),
@@ -283,6 +284,8 @@ HOSTS = [
     (EVERYWHERE, "10.9.9.9:8080", True), (EVERYWHERE, "[2001:db8::1]:80", True), (EVERYWHERE, "0.0.0.0", True),
     (EVERYWHERE, "evil.example.org", False), (EVERYWHERE, "1.2.3.4.evil", False), (EVERYWHERE, "", False),
     (allowed_hosts("127.0.0.1", ["*"]), "anything.example.org", True),
+    (PORTS, "models.example.com", True), (PORTS, "models.example.com:8443", True), (PORTS, "[2001:db8::1]", True),
+    (PORTS, "10.0.0.7", True), (PORTS, "8443", False), (PORTS, "[2001:db8::2]:443", True),
     (allowed_hosts("::1"), "[::1]:80", True), (allowed_hosts("[::]"), "10.9.9.9", True),
 ]  # fmt: skip
 
@@ -290,6 +293,12 @@ HOSTS = [
 @pytest.mark.parametrize(("allowed", "host", "expected"), HOSTS, ids=[repr(host) for _, host, _ in HOSTS])
 def test_which_hosts_are_ours(allowed, host, expected):
     assert host_allowed(host.encode(), allowed) is expected
+
+
+@pytest.mark.parametrize("name", ["https://models.example.com", "models.example.com/", "*.example.com", "a b", "a:x"])
+def test_what_is_no_host_is_said_at_the_start(name):
+    with pytest.raises(SettingsError, match="in NORIA_HOSTS is no host; give names"):
+        allowed_hosts("127.0.0.1", ["models.example.com", name])
 
 
 @given(st.binary(max_size=60))

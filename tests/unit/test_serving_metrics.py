@@ -351,6 +351,13 @@ def test_both_formats_say_the_same(tmp_path):
     assert strict == set(samples(text))
 
 
+@pytest.mark.parametrize("version", ["abc", "1.x", "", "-1", "1.0.0;escaping=x"])
+def test_an_accept_header_that_makes_no_sense_gets_a_page(version):
+    for kind in ("application/openmetrics-text", "text/plain"):
+        text, found = Metrics().page(f"{kind}; version={version}")
+        assert b"noria_build_info" in text and "version=" in found
+
+
 def test_names_follow_the_rules():
     for family in FAMILIES:
         assert family.name.startswith(("noria_", "process_")), family.name
