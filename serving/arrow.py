@@ -2,7 +2,8 @@
 
 Columns are cast as the lake casts them; null is missing; a time may also be whole seconds since 1970, as in the other
 encodings. Compressed buffers are refused: what they expand to is known only after it is there (HTTP's own compression
-has a limit). Not here: JSON records (`serving.protocol`).
+has a limit). Columns may share bytes (a dictionary, string views), so what they hold is measured before anything is
+cast. Not here: JSON records (`serving.protocol`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import types
 
 from noria.column import ARROW, MISSING_INTEGER, Column, cast, to_tensor
 from noria.errors import SchemaError
 from noria.schema import Schema
+from serving.limits import DEFAULTS
 from serving.model import Model
 from serving.outcome import Scored
 from serving.protocol import MOST_ROWS, event_times, records_schema
@@ -47,15 +50,15 @@ class Records:
         return Answer(200, sink.getvalue().to_pybytes(), self.rows.count, CONTENT_TYPE)
 
 
-def decode_arrow(body: bytes, model: Model) -> Records:
-    """Rows of an Arrow IPC stream.
+def decode_arrow(body: bytes, model: Model, most: int = DEFAULTS.inflated_bytes) -> Records:
+    """Rows of an Arrow IPC stream whose columns hold `most` bytes, or as many as the body.
 
     Raises:
-        Refusal: 400 not such a stream, 404 a plain model, 413 too many rows, 422 a column breaks the schema.
+        Refusal: 400 not such a stream, 404 a plain model, 413 too many rows or bytes, 422 a column breaks the schema.
     """
     schema = records_schema(model)
     try:
-        table = _read(body, schema)
+        table = _read(body, schema, max(most, len(body)))
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the check refuses
             tensors = {column.name: _tensor(column, table) for column in schema.columns}
         schema.check(tensors)
@@ -68,21 +71,23 @@ def decode_arrow(body: bytes, model: Model) -> Records:
     return Records(Rows(tensors, len(table), times))
 
 
-def _read(body: bytes, schema: Schema) -> pa.Table:
+def _read(body: bytes, schema: Schema, most: int) -> pa.Table:
     """The stream's batches as one table, its bytes not copied. Refused before a row is looked at: what is too much."""
     if not body:
         raise Refusal(400, "The body is empty; send an Arrow IPC stream.")
-    count, batches = 0, []
+    count, held, batches = 0, 0, []
     try:
-        for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(body)):
+        for number, message in enumerate(pa.ipc.MessageReader.open_stream(pa.py_buffer(body))):
+            if number > MOST_ROWS:
+                raise Refusal(413, f"There are more than {MOST_ROWS} batches; send the rows in fewer.")
             _refuse_compressed(message)
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
-            _check_names(reader.schema.names, schema)
+            _check_columns(reader.schema, schema)
             for batch in reader:
                 count += batch.num_rows
                 if count > MOST_ROWS:
                     raise Refusal(413, f"There are more than {MOST_ROWS} rows; send at most so many in one request.")
-                batch.validate(full=True)
+                held = _measure(batch, held, most)
                 batches.append(batch)
             table = pa.Table.from_batches(batches, reader.schema)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -92,13 +97,72 @@ def _read(body: bytes, schema: Schema) -> pa.Table:
     return table
 
 
-def _check_names(names: list[str], schema: Schema) -> None:
-    if len(set(names)) != len(names):
-        name = next(name for name in names if names.count(name) > 1)
-        raise SchemaError(f"The column '{name}' is there twice.", name)
-    for name in names:
-        if name not in schema.names and name != schema.event_time:
-            raise SchemaError(f"There is the unknown column '{name}'; known are: {', '.join(schema.names)}.", name)
+def _check_columns(sent: pa.Schema, schema: Schema) -> None:
+    """Refuses columns that the schema does not have, or has once, and types that no column has; a body may name any
+    number of them."""
+    known = {schema.event_time: ARROW["timestamp"], **{column.name: ARROW[column.kind] for column in schema.columns}}
+    seen: set[str] = set()
+    for name in sent.names:
+        if name not in known:
+            shown = ", ".join(schema.names)
+            raise SchemaError(f"There is the unknown column '{name[:100]}'; known are: {shown}.", name)
+        if name in seen:
+            raise SchemaError(f"The column '{name}' is there twice.", name)
+        seen.add(name)
+    for field in sent:
+        if not _is_flat(field.type):
+            shown = str(field.type)[:100]
+            raise SchemaError(f"Column '{field.name}' holds {shown}, the schema wants {known[field.name]}.", field.name)
+
+
+def _is_flat(kind: pa.DataType) -> bool:
+    """A value a row, or a dictionary of such values: what a column of a schema can be cast from."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+        if types.is_dictionary(kind) or _is_view(kind):  # PyArrow casts neither
+            return False
+    return not (types.is_nested(kind) or types.is_run_end_encoded(kind) or isinstance(kind, pa.BaseExtensionType))
+
+
+def _measure(batch: pa.RecordBatch, held: int, most: int) -> int:
+    """The bytes that a batch holds where no two values share any, and `held` before it; then it may be cast.
+
+    A few bytes may stand for many: columns lie over each other, each batch brings a dictionary that grew by a delta,
+    indices and views name one long string ten thousand times. What a batch holds is also what validating it takes.
+    """
+    columns = [column.storage if isinstance(column, pa.ExtensionArray) else column for column in batch.columns]
+    for column in columns:
+        held += column.get_total_buffer_size() + _viewed(column)
+    if held <= most:
+        batch.validate(full=True)
+        held += sum(map(_named, columns))
+    if held > most:
+        raise Refusal(413, f"The columns hold more than {most:,} bytes when they are expanded; send fewer rows.")
+    return held
+
+
+def _viewed(column: pa.Array) -> int:
+    """The bytes that the views of a column name: each has 16 bytes itself, and begins with its length."""
+    if not _is_view(column.type) or not len(column):
+        return 0
+    views = np.frombuffer(column.buffers()[1], np.uint32, 4 * len(column), 16 * column.offset)
+    return int(views[::4].sum(dtype=np.int64))
+
+
+def _named(column: pa.Array) -> int:
+    """The bytes that the indices of a valid column name; numbers are few."""
+    if not types.is_dictionary(column.type):
+        return 0
+    kind = column.type.value_type
+    if types.is_primitive(kind) or types.is_decimal(kind) or types.is_null(kind):
+        return 0
+    return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return bool(types.is_string_view(kind) or types.is_binary_view(kind))
 
 
 def _tensor(column: Column, table: pa.Table) -> np.ndarray:
@@ -108,7 +172,7 @@ def _tensor(column: Column, table: pa.Table) -> np.ndarray:
         return to_tensor(column, pa.nulls(len(table), kind))
     values = table.column(column.name)
     try:
-        if pa.types.is_dictionary(values.type):
+        if types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         if column.kind == "timestamp":
             return _seconds(values, column)
@@ -122,11 +186,11 @@ def _tensor(column: Column, table: pa.Table) -> np.ndarray:
 
 
 def _seconds(values: pa.ChunkedArray, column: Column) -> np.ndarray:
-    if pa.types.is_integer(values.type):
+    if types.is_integer(values.type):
         return np.asarray(pc.fill_null(values.cast(pa.int64()), MISSING_INTEGER).combine_chunks())
-    if pa.types.is_large_string(values.type) or pa.types.is_string_view(values.type):
+    if types.is_large_string(values.type) or types.is_string_view(values.type):
         values = values.cast(pa.string())
-    if pa.types.is_timestamp(values.type):
+    if types.is_timestamp(values.type):
         # Nanoseconds are cut: only the second counts.
         return to_tensor(column, values.cast(ARROW["timestamp"], safe=False))
     return to_tensor(column, cast(values, ARROW["timestamp"]))

@@ -164,7 +164,7 @@ class Service:
         elif _kind(headers) == ARROW:
 
             def decode(model: Model) -> Asked:
-                return decode_arrow(body, model)
+                return decode_arrow(body, model, self.limits.inflated_bytes)
         else:
             _check_json(headers)
 

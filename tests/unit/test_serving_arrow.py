@@ -101,6 +101,8 @@ def test_the_answer_is_a_stream_too(trips_model):
         (stream(columns().slice(0, 0)), 422, "no rows"),
         (stream(columns(colour=pa.array([1, 2, 3]))), 422, "unknown column 'colour'"),
         (stream(pa.table([pa.array([60])] * 2, ["pickup"] * 2)), 422, "twice"),
+        (stream(pa.table([pa.array([60])] * 3, ["pickup", "zone", "zone"])), 422, "'zone' is there twice"),
+        (stream(pa.table([pa.array([60])] * 3, ["pickup", "colour", "colour"])), 422, "unknown column 'colour'"),
         (stream(columns(distance=pa.array([1.0, -1.0, 2.0]))), 422, "Row 1: 'distance' is below 0"),
         (stream(columns(distance=pa.array([1.0, float("inf"), 2.0]))), 422, "not finite"),
         (stream(columns(distance=pa.array([1.0, 1e300, 2.0]))), 422, "not finite"),
@@ -123,12 +125,116 @@ def test_refusals(trips_model, body, status, part):
 def test_many_rows_of_few_bytes_are_refused_before_they_are_made(trips_model):
     """Null columns and runs claim any number of rows."""
     runs = pa.RunEndEncodedArray.from_arrays(pa.array([2**30], pa.int32()), pa.array([60]))
-    for table in (pa.table({"pickup": runs}), pa.table({"zone": pa.nulls(2**24)})):
+    for table, status in ((pa.table({"pickup": runs}), 422), (pa.table({"zone": pa.nulls(2**24)}), 413)):
         body = stream(table)
         assert len(body) < 5000 or table.schema.names == ["zone"]
         with pytest.raises(Refusal) as caught:
             decode_arrow(body, trips_model)
-        assert caught.value.status == 413
+        assert caught.value.status == status
+
+
+TEXT, ROWS, ALL_BYTES = "x" * 1000, 2000, 10**6
+"""A string, how many rows name it, and less than they hold together."""
+
+
+def views(count):
+    """String views that all name the same bytes."""
+    view = np.array([len(TEXT), int.from_bytes(TEXT[:4].encode(), "little"), 0, 0], np.int32)
+    places = pa.py_buffer(np.tile(view, count).tobytes())
+    return pa.Array.from_buffers(pa.string_view(), count, [None, places, pa.py_buffer(TEXT.encode())])
+
+
+def named(values):
+    return pa.DictionaryArray.from_arrays(pa.array([0] * ROWS, pa.uint16()), values)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        named(pa.array([TEXT])),
+        named(pa.array([TEXT], pa.large_string())),
+        named(pa.array([TEXT.encode()], pa.binary(1000))),
+        views(ROWS),
+        pa.ExtensionArray.from_storage(pa.opaque(pa.string_view(), "a", "b"), views(ROWS)),
+    ],
+)
+@pytest.mark.parametrize("name", ["vendor", "distance"])
+def test_what_expands_is_measured_before_it_does(trips_model, column, name):
+    body = stream(pa.table({"pickup": pa.array([60] * ROWS), name: column}))
+    assert len(body) < ALL_BYTES / 5
+    with pytest.raises(Refusal, match="hold more than 1,000,000 bytes") as caught:
+        decode_arrow(body, trips_model, ALL_BYTES)
+    assert caught.value.status == 413
+    if name == "vendor" and not isinstance(column, pa.ExtensionArray):
+        values = decode_arrow(body, trips_model).rows.tensors["vendor"]
+        assert values.tolist() == [TEXT] * ROWS
+
+
+def test_a_dictionary_counts_in_every_batch_and_what_a_delta_made_of_it_too(trips_model):
+    """Both are in the memory, or are validated, once a batch."""
+    sink = pa.BufferOutputStream()
+    schema = pa.schema({"pickup": pa.int64(), "vendor": pa.dictionary(pa.int32(), pa.string())})
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(emit_dictionary_deltas=True)) as writer:
+        for batch in range(100):
+            levels = pa.array(["x" * 50_000, *map(str, range(batch))])
+            vendor = pa.DictionaryArray.from_arrays(pa.array([batch], pa.int32()), levels)
+            writer.write_batch(pa.record_batch([pa.array([60]), vendor], schema=schema))
+    grown = sink.getvalue().to_pybytes()
+    levels = pa.array(["x" * 50_000, "a"])
+    vendor = pa.DictionaryArray.from_arrays(pa.array([1] * 100, pa.int32()), levels)
+    shared = stream(pa.table({"pickup": pa.array([60] * 100), "vendor": vendor}), 1)
+    for body in (grown, shared):
+        assert len(body) < 200_000
+        with pytest.raises(Refusal, match="hold more than 1,000,000 bytes"):
+            decode_arrow(body, trips_model, ALL_BYTES)
+        assert decode_arrow(body, trips_model).rows.count == 100
+
+
+def test_columns_that_lie_over_each_other_count_each(trips_model):
+    """The format says for each buffer where in the body it is, and nothing keeps two from being the same."""
+    body = stream(pa.table({name: pa.array([60] * 8000) for name in ("pickup", "zone", "distance")}))
+    for offset in (64_000, 128_000):
+        place, first = (np.array([where, 0, where, 64_000], np.int64).tobytes() for where in (offset, 0))
+        assert body.count(place) == 1
+        body = body.replace(place, first)
+    size, less = (np.int64(size).tobytes() for size in (192_000, 64_000))
+    assert body.count(size) == 1
+    body = body.replace(size, less)[: -128_000 - 8] + body[-8:]
+    assert decode_arrow(body, trips_model).rows.tensors["zone"].tolist() == [60] * 8000
+    with pytest.raises(Refusal, match="hold more than 100,000 bytes"):
+        decode_arrow(body, trips_model, 100_000)
+
+
+def test_a_stream_of_very_many_batches_is_refused(trips_model):
+    nothing, sink = pa.record_batch({"zone": pa.nulls(0)}), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, nothing.schema) as writer:
+        for _ in range(MOST_ROWS + 1):
+            writer.write_batch(nothing)
+    with pytest.raises(Refusal, match="more than 10000 batches") as caught:
+        decode_arrow(sink.getvalue().to_pybytes(), trips_model)
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()),
+        pa.list_view(pa.string()),
+        pa.list_(pa.null(), 2**30),
+        pa.struct({"a": pa.null()}),
+        pa.run_end_encoded(pa.int32(), pa.string()),
+        pa.dictionary(pa.int32(), pa.list_(pa.string())),
+        pa.dictionary(pa.int32(), pa.string_view()),
+        pa.opaque(pa.list_view(pa.string()), "a", "b"),
+    ],
+)
+def test_what_is_no_flat_column_is_refused_by_its_type(trips_model, kind):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema({"vendor": kind})):
+        pass
+    with pytest.raises(Refusal, match=r"Column .vendor. holds .*, the schema wants string") as caught:
+        decode_arrow(sink.getvalue().to_pybytes(), trips_model)
+    assert caught.value.status == 422
 
 
 def test_a_plain_model_has_no_records(identity_model):
@@ -150,3 +256,14 @@ def test_any_damage_is_rows_or_a_refusal(trips_model, changes, end):
         decode_arrow(bytes(body[:end]), trips_model)
     except Refusal as refusal:
         assert refusal.status in (400, 413, 422)
+
+
+def test_a_hundred_thousand_names_are_refused_by_the_first_that_is_unknown(trips_model):
+    """Each name against all would take minutes here, and whoever sends them would hold up everybody."""
+    names = [f"c{number}" for number in range(100_000)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([pa.field(name, pa.null()) for name in [*names, names[-1]]])):
+        pass
+    with pytest.raises(Refusal, match="unknown column 'c0'") as caught:
+        decode_arrow(sink.getvalue().to_pybytes(), trips_model)
+    assert caught.value.status == 422
