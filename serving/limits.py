@@ -8,7 +8,7 @@ Every limit is here with its default and may be set by `NORIA_LIMIT_` and its na
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 
@@ -20,6 +20,9 @@ from serving.wire import Refusal
 PREFIX = "NORIA_LIMIT_"
 JSON_DEPTH = 64
 """Arrays and objects within each other. Not to be set: nothing that is asked here needs a tenth of it."""
+JSON_LISTS, JSON_VALUES = 2**20, 2**23
+"""Arrays and objects, and values (as many as commas), of one body. Each takes ten to thirty times its bytes once it is
+read, and nothing else runs meanwhile. Not to be set either: 10,000 rows of 784 numbers are fewer."""
 SLICE_BYTES = 16 * 1024
 """Compressed bytes that are handed to zlib at a time, as it copies what it left over."""
 PIECE_BYTES = 256 * 1024
@@ -139,7 +142,6 @@ def _deflate_window(body: bytes) -> int:
 
 
 SIBLING_OBJECTS, SIBLING_ARRAYS = (b"},{", b"}, {"), (b"],[", b"], [")
-NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
 SCAN_BYTES = 64 * 1024
 STEPS = np.zeros(256, np.int32)
 STEPS[list(b"[{")], STEPS[list(b"]}")] = 1, -1
@@ -163,21 +165,48 @@ def check_depth(body: bytes, most: int = JSON_DEPTH) -> None:
         raise Refusal(400, f"The JSON is nested deeper than {most} levels.")
 
 
-def _depth(body: bytes, enough: int) -> int:
-    """How deep the brackets outside strings go; stops above `enough`."""
+def check_values(body: bytes) -> None:
+    """Refuse JSON of very many values, before anything parses it. Raises Refusal 413.
+
+    A smaller body than the limit cannot have so many, and is not looked at. Text may have as many brackets and commas
+    as it likes.
+    """
+    if len(body) <= JSON_LISTS:
+        return
+    if body.count(b"[") + body.count(b"{") > JSON_LISTS and _outside_strings(body, b"[{") > JSON_LISTS:
+        raise Refusal(413, f"The JSON has more than {JSON_LISTS:,} lists and objects; send fewer, or flat data.")
+    if len(body) > JSON_VALUES and body.count(b",") > JSON_VALUES and _outside_strings(body, b",") > JSON_VALUES:
+        raise Refusal(413, f"The JSON has more than {JSON_VALUES:,} values; send fewer in one request.")
+
+
+def _outside_strings(body: bytes, kind: bytes) -> int:
+    """How many bytes of this kind there are outside strings."""
+    return sum(int(np.count_nonzero(outside & (part != ord('"')))) for part, outside in _marks(body, kind))
+
+
+def _marks(body: bytes, kinds: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The bytes of these kinds and the quotes, a piece at a time, and which are outside strings."""
     if b"\\" in body:
         # Escaped backslashes first: what is then left before a quote escapes it. (A regular expression would hold a
         # piece for each: 450 MB for a body of 8.)
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = np.frombuffer(body.translate(None, NOT_STRUCTURE), np.uint8)
-    level, quotes, deepest = 0, 0, 0
+    marks = np.frombuffer(body.translate(None, bytes(set(range(256)) - {ord('"'), *kinds})), np.uint8)
+    quotes = 0
     for start in range(0, len(marks), SCAN_BYTES):
         part = marks[start : start + SCAN_BYTES]
         # An odd number of quotes before it: within a string.
         count = np.cumsum(part == ord('"'), dtype=np.int32) + quotes
-        levels = np.cumsum(np.where(count % 2 == 0, STEPS[part], 0), dtype=np.int32) + level
+        yield part, count % 2 == 0
+        quotes = int(count[-1]) % 2
+
+
+def _depth(body: bytes, enough: int) -> int:
+    """How deep the brackets outside strings go; stops above `enough`."""
+    level, deepest = 0, 0
+    for part, outside in _marks(body, b"[]{}"):
+        levels = np.cumsum(np.where(outside, STEPS[part], 0), dtype=np.int32) + level
         deepest = max(deepest, int(levels.max()))
         if deepest > enough:
             break
-        level, quotes = int(levels[-1]), int(count[-1]) % 2
+        level = int(levels[-1])
     return deepest

@@ -16,7 +16,7 @@ import orjson
 from noria.column import EARLIEST, FORMS, LATEST, MISSING_INTEGER, Tensors, parse_time
 from noria.errors import SchemaError
 from noria.schema import Schema
-from serving.limits import check_depth
+from serving.limits import check_depth, check_values
 from serving.model import Model
 from serving.outcome import Scored
 from serving.wire import Answer, Refusal, Rows
@@ -47,13 +47,14 @@ class Predict:
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON value of a body. Raises Refusal 400."""
+    """The JSON value of a body. Raises Refusal 400, or 413 for too many values."""
     check_depth(body)
     return _parse(body)
 
 
 def _parse(body: bytes) -> Any:
     """The same, however deep it is nested: up to the 1,024 levels that orjson goes."""
+    check_values(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

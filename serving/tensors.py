@@ -19,6 +19,7 @@ from noria.schema import Schema
 from serving import binary
 from serving.columns import Given, to_rows
 from serving.forms import LONGEST_HEAD, frame_of, head_of, values_at
+from serving.limits import check_values
 from serving.model import COLUMN_TYPES, Model, Tensor
 from serving.outcome import Scored
 from serving.plain import array_of, exact_rows
@@ -104,8 +105,11 @@ def _known(body: bytes, model: Model, json_length: int | None) -> Infer | None:
         return Infer(Rows(head.tensors(body, json_length), head.rows), None, head.wanted, tells_ids=False)
     start = values_at(body)
     frame = model.frames.get(body[:start]) if 0 < start <= LONGEST_HEAD else None
-    values = frame.values(body, start) if frame is not None else None
-    if frame is None or values is None:
+    if frame is None:
+        return None
+    check_values(body)
+    values = frame.values(body, start)
+    if values is None:
         return None
     (tensor,) = model.inputs
     rows = Rows({tensor.name: array_of(tensor, frame.shape, values)}, frame.rows)

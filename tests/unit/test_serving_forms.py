@@ -7,6 +7,7 @@ import orjson
 import pytest
 
 from serving.forms import LONGEST_HEAD, MOST_KEPT, VALUE, Kept, form_of
+from serving.limits import JSON_LISTS
 from serving.outcome import Outcome
 from serving.tensors import decode_infer
 from serving.wire import Refusal
@@ -192,3 +193,14 @@ def test_a_full_one_begins_anew():
     for number in range(MOST_KEPT + 1):
         assert kept.keep(number, -number) == -number
     assert list(kept.items()) == [(MOST_KEPT, -MOST_KEPT)]
+
+
+def test_the_values_of_a_known_form_are_counted_before_they_are_read(fresh, monkeypatch):
+    model = fresh("FP32")
+    body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,3],"data":[%s]}]}'
+    ask(model, body % b"1,2,3", None)
+    assert len(model.frames) == 1
+    monkeypatch.setattr("serving.forms.orjson.loads", None)
+    with pytest.raises(Refusal, match="lists and objects") as refused:
+        decode_infer(body % b",".join([b"[]"] * JSON_LISTS), model)
+    assert refused.value.status == 413

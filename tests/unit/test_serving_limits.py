@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from noria.errors import SettingsError
 from serving.hosts import allowed_hosts, check_host, host_allowed
-from serving.limits import DEFAULTS, Limits, check_depth, inflate
+from serving.limits import DEFAULTS, JSON_LISTS, JSON_VALUES, Limits, check_depth, check_values, inflate
 from serving.wire import Refusal
 
 MIB = 2**20
@@ -220,6 +220,20 @@ def test_a_large_body_of_nothing_but_brackets_is_looked_through_quickly(body):
     _, held, seconds = peak(look)
     assert held < 3 * len(body) + MIB
     assert seconds < 2
+
+
+@pytest.mark.parametrize(("piece", "most"), [(b"[],", JSON_LISTS), (b"{},", JSON_LISTS), (b"0,", JSON_VALUES)])
+def test_very_many_values_are_refused_and_one_less_is_not(piece, most):
+    body = b"[" + piece * most
+    assert status(check_values, body + piece) == 413
+    check_values(body[len(piece) :])
+
+
+def test_text_may_have_as_many_brackets_and_commas_as_it_likes():
+    text = orjson.dumps([json.dumps(["a,b", {"c": "\\"}])] * 10 + ['[{,"' * 3 * MIB])
+    assert len(text) > JSON_VALUES
+    check_values(text)
+    assert status(check_values, text[:-1] + b",[]" * JSON_LISTS + b"]") == 413
 
 
 def test_flat_records_are_only_counted(monkeypatch):

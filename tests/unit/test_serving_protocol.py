@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from noria.column import MISSING_INTEGER
 from noria.errors import SchemaError
 from noria.schema import Column, Schema
+from serving.limits import JSON_LISTS
 from serving.protocol import MOST_ROWS, decode_feedback, decode_predict, read_records
 from serving.tensors import decode_infer, example
 from serving.wire import Refusal
@@ -38,6 +39,18 @@ def test_what_is_nested_too_deeply_is_refused_for_that_wherever_it_stands(trips_
         with pytest.raises(Refusal, match="nested deeper") as refused:
             decode_predict(body, trips_model)
         assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("body", [b'{"records":[%s]}', b'{"inputs":[%s]}', b'{"labels":[%s]}', b"[%s]"])
+def test_a_body_that_is_all_lists_is_refused_before_it_is_read(trips_model, monkeypatch, body):
+    monkeypatch.setattr("serving.protocol.orjson.loads", None)
+    body %= b"[]," * JSON_LISTS
+    for decode in (decode_predict, decode_infer):
+        with pytest.raises(Refusal, match="more than 1,048,576 lists and objects") as refused:
+            decode(body, trips_model)
+        assert refused.value.status == 413
+    with pytest.raises(Refusal, match="more than 1,048,576 lists and objects"):
+        decode_feedback(body, "binary")
 
 
 def test_three_ways_to_send_records(trips_model):
