@@ -14,10 +14,18 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from serving.wire import Refusal
+
 SOURCE = Path(__file__).with_name("open_inference.proto")
 STATEMENT = re.compile(r"([^{};]*)([{};])")
 FIELD = re.compile(r"(repeated )?(map<(\w+), (\w+)>|\w+) (\w+) = (\d+)")
 METHOD = re.compile(r"rpc (\w+)\((\w+)\) returns \((\w+)\)")
+MOST_FIELDS = 2**14
+"""Fields of a message, those of its tensors included: a thousand tensors have about seven each."""
+TENSORS: tuple[int, ...] = (5, 6)
+"""The fields of a ModelInferRequest that are messages of many fields: inputs and outputs."""
+VARINT, COUNTED, FIXED = 0, 2, {1: 8, 5: 4}
+"""How a field's value is written: as a number, as its size and so many bytes, or in so many bytes."""
 Field = descriptor_pb2.FieldDescriptorProto
 
 
@@ -42,6 +50,47 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{name}")) for name in names
     }
     return found, methods
+
+
+def bounded(body: bytes) -> bytes:
+    """A serialised message as it came, once it is known to have no more fields than may be. Raises Refusal 413.
+
+    Two bytes are an empty tensor, which takes fifty times that once it is read, in the event loop. A body too short for
+    so many fields is not looked at; values are skipped, so honest ones cost nothing either.
+    """
+    if len(body) <= 2 * MOST_FIELDS:
+        return body
+    count, parts = 0, [(0, len(body), TENSORS)]
+    while parts:
+        place, end, inner = parts.pop()
+        while place < end:
+            count += 1
+            if count > MOST_FIELDS:
+                raise Refusal(413, f"The message has more than {MOST_FIELDS:,} fields; send fewer tensors.")
+            tag, place = _varint(body, place)
+            field, kind = tag >> 3, tag & 7
+            if kind == VARINT:
+                _, place = _varint(body, place)
+            elif kind == COUNTED:
+                size, place = _varint(body, place)
+                if field in inner:
+                    parts.append((place, min(place + size, end), ()))
+                place += size
+            else:
+                place += FIXED.get(kind, 0)
+    return body
+
+
+def _varint(body: bytes, place: int) -> tuple[int, int]:
+    """The number at a place, and where it ends; what is none is left to the parser."""
+    if place < len(body) and body[place] < 128:
+        return body[place], place + 1
+    value = 0
+    for shift, byte in enumerate(body[place : place + 10]):
+        value |= (byte & 127) << 7 * shift
+        if byte < 128:
+            return value, place + shift + 1
+    return 0, len(body)
 
 
 def _message(message: Any, statements: Iterator[tuple[str, str]], oneof: bool = False) -> None:

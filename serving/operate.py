@@ -15,6 +15,7 @@ from typing import Any, Literal
 import orjson
 
 from serving import orders
+from serving.limits import check_values
 from serving.service import Service
 from serving.wire import Refusal
 
@@ -54,7 +55,8 @@ def is_operation(parts: Sequence[str]) -> bool:
 
 
 def read(parts: Sequence[str], body: bytes) -> Operation:
-    """The operation that `POST` to one of these routes asks for. The body may be empty. Raises Refusal 400."""
+    """The operation that `POST` to one of these routes asks for. The body may be empty. Raises Refusal 400 or 413."""
+    check_values(body)
     try:
         content = orjson.loads(body) if body.strip() else {}
     except orjson.JSONDecodeError:

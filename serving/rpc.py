@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from serving.audit import Access
 from serving.batch import Call
-from serving.messages import MESSAGES, METHODS
+from serving.messages import MESSAGES, METHODS, bounded
 from serving.model import Model
 from serving.operate import Operation, Operator, operate
 from serving.routes import is_version
@@ -189,7 +189,7 @@ def _handler(service: Service, name: str, method: Callable[[Any, Caller], Awaita
         try:
             if service.guard is not None:
                 caller.key = service.admit_call(path, caller.header("authorization"), caller.address())
-            found = await method(request_type.FromString(body), caller)
+            found = await method(request_type.FromString(bounded(body)), caller)
             answer = found if isinstance(found, Answer) else Answer(200, response_type(**found).SerializeToString())
             status = 200
         except Refusal as refusal:

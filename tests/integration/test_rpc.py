@@ -209,6 +209,14 @@ def test_messages_that_are_too_large(server, client, good):
     assert grown < 16 * MIB
 
 
+def test_a_message_of_nothing_but_empty_tensors(server, good):
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary(SERVICE + "ModelInfer")
+        with pytest.raises(grpc.RpcError, match="more than 16,384 fields") as refused:
+            call(b"\x2a\x00" * (MIB // 2), metadata=tuple(good.items()))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_refused_call_is_let_go(server, client, good):
     """A hundred messages of a megabyte, one after the other, that do not fit the model."""
     (worker,) = server.workers()

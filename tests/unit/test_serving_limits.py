@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from noria.errors import SettingsError
 from serving.hosts import allowed_hosts, check_host, host_allowed
 from serving.limits import DEFAULTS, JSON_LISTS, JSON_VALUES, Limits, check_depth, check_values, inflate
+from serving.messages import MESSAGES, MOST_FIELDS, bounded
 from serving.wire import Refusal
 
 MIB = 2**20
@@ -330,3 +331,36 @@ def test_a_foreign_host_is_421_and_none_is_400():
     assert caught.value.status == 421
     assert status(check_host, None, LOCAL) == 400
     assert status(check_host, b"\xff" * 9999, LOCAL) == 421
+
+
+def a_tensor(name):
+    values = {"int64_contents": range(-50, 50), "fp64_contents": [0.5] * 50, "bytes_contents": [b"\xff"] * 50}
+    return {"name": name, "datatype": "INT64", "shape": [100], "contents": values}
+
+
+def test_honest_messages_pass_whatever_their_size():
+    request = MESSAGES["ModelInferRequest"]
+    tensors = [a_tensor(f"x{number}") for number in range(MOST_FIELDS // 8)]
+    for message in (request(inputs=tensors), request(inputs=tensors[:1], raw_input_contents=[bytes(2**20)] * 3)):
+        body = message.SerializeToString()
+        assert len(body) > 2 * MOST_FIELDS
+        assert bounded(body) is body
+    assert bounded(b"") == b""
+
+
+@pytest.mark.parametrize("field", [1, 4, 5, 6, 7, 15])
+def test_a_message_of_very_many_fields_is_refused_before_it_is_read(field):
+    empty = bytes([field << 3 | 2, 0])
+    request = MESSAGES["ModelInferRequest"]
+    within = request(raw_input_contents=[empty * MOST_FIELDS]).SerializeToString()
+    assert bounded(within) is within
+    tensor, output = within.replace(b"\x3a", b"\x2a", 1), within.replace(b"\x3a", b"\x32", 1)
+    for body in (empty * (MOST_FIELDS + 1), tensor, output, b"\x08\xff\xff\x03" + tensor):
+        assert status(bounded, body) == 413
+
+
+@given(st.binary(max_size=40), st.sampled_from([0, 3 * MOST_FIELDS]))
+def test_whatever_is_no_message_is_left_to_the_parser(start, more):
+    for body in (start + b"\xff" * more, start + bytes([0x0B, 0xFD]) * (more // 2)):
+        with suppress(Refusal):
+            assert bounded(body) is body

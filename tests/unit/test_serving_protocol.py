@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from noria.column import MISSING_INTEGER
 from noria.errors import SchemaError
 from noria.schema import Column, Schema
+from serving import operate
 from serving.limits import JSON_LISTS
 from serving.protocol import MOST_ROWS, decode_feedback, decode_predict, read_records
 from serving.tensors import decode_infer, example
@@ -51,6 +52,8 @@ def test_a_body_that_is_all_lists_is_refused_before_it_is_read(trips_model, monk
         assert refused.value.status == 413
     with pytest.raises(Refusal, match="more than 1,048,576 lists and objects"):
         decode_feedback(body, "binary")
+    with pytest.raises(Refusal, match="more than 1,048,576 lists and objects"):
+        operate.read(["", "v2", "repository", "index"], body)
 
 
 def test_three_ways_to_send_records(trips_model):
