@@ -54,7 +54,7 @@ LARGEST_NUMBER = 3e38
 """A number's magnitude stays below it, so that it is finite as float32."""
 EARLIEST, LATEST = -62_135_596_800, 253_402_300_799
 """Epoch seconds of the years 1 to 9999: the times that Arrow, Delta Lake and Python can all hold."""
-EPOCH, SECOND = datetime(1970, 1, 1), timedelta(seconds=1)
+EPOCH, SECOND, MICROSECOND = datetime(1970, 1, 1), timedelta(seconds=1), timedelta(microseconds=1)
 SECONDS = re.compile(r"(?:[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})*")
 """Times to the second, one after another; of them NumPy and Python think alike."""
 FORMS = {
@@ -184,11 +184,33 @@ def refuse(column: Column, broken: np.ndarray, sentence: str) -> None:
 
 def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """Cast; times without a zone are taken as UTC, strings as ISO 8601."""
-    if pa.types.is_timestamp(kind) and pa.types.is_string(values.type):
-        values = pc.cast(values, pa.timestamp("us"))
+    text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    if pa.types.is_timestamp(kind) and (text or pa.types.is_string_view(values.type)):
+        values = _moments(values.cast(pa.string()))
     if pa.types.is_null(values.type):
         return pa.chunked_array([pa.nulls(len(values), kind)])
     return values.cast(kind)
+
+
+def _moments(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings as times. Arrow takes them all at once where none has a zone or more than microseconds; else each is read
+    as JSON's are."""
+    try:
+        return pc.cast(values, pa.timestamp("us"))
+    except pa.ArrowInvalid:
+        micros = [None if value is None else _micros(value) for value in values.to_pylist()]
+        return pa.chunked_array([pa.array(micros, pa.int64())]).cast(ARROW["timestamp"])
+
+
+def _micros(value: str) -> int:
+    """Microseconds since 1970. Raises ArrowInvalid."""
+    try:
+        moment = datetime.fromisoformat(value)
+        micros = (moment.replace(tzinfo=moment.tzinfo or UTC) - EPOCH.replace(tzinfo=UTC)) // MICROSECOND
+        _in_calendar(micros // 1_000_000)
+    except (ValueError, OverflowError):
+        raise pa.ArrowInvalid(f"'{value[:60]}' is not an ISO 8601 time in the years 1 to 9999") from None
+    return micros
 
 
 def to_tensor(column: Column, values: pa.Array) -> np.ndarray:

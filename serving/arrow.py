@@ -24,6 +24,7 @@ from serving.wire import Answer, Refusal, Rows
 
 CONTENT_TYPE = b"application/vnd.apache.arrow.stream"
 ANSWER = (("id", pa.string()), ("prediction", pa.float32()), ("action", pa.string()))
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 class Records:
@@ -188,11 +189,10 @@ def _tensor(column: Column, table: pa.Table) -> np.ndarray:
 def _seconds(values: pa.ChunkedArray, column: Column) -> np.ndarray:
     if types.is_integer(values.type):
         return np.asarray(pc.fill_null(values.cast(pa.int64()), MISSING_INTEGER).combine_chunks())
-    if types.is_large_string(values.type) or types.is_string_view(values.type):
-        values = values.cast(pa.string())
     if types.is_timestamp(values.type):
-        # Nanoseconds are cut: only the second counts.
-        return to_tensor(column, values.cast(ARROW["timestamp"], safe=False))
+        # Not cast: microseconds of a far time do not fit, and nanoseconds before 1970 would round towards zero.
+        units = pc.fill_null(values.cast(pa.int64()), 0).to_numpy()
+        return np.where(values.is_null().to_numpy(), MISSING_INTEGER, units // PER_SECOND[values.type.unit])
     return to_tensor(column, cast(values, ARROW["timestamp"]))
 
 

@@ -1,6 +1,7 @@
 """Records in, tensors out, and sentences that name field and row where they cannot."""
 
 import math
+import re
 from datetime import UTC, datetime
 
 import numpy as np
@@ -145,6 +146,17 @@ def test_conform_casts_and_leaves_other_columns():
     assert conforming.schema.field("at").type == pa.timestamp("us", tz="UTC")
     assert conforming.schema.field("zone").type == pa.int64()
     assert conforming.column("fare").to_pylist() == ["x"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_times_that_are_strings_conform_with_zones_and_without(kind):
+    times = pa.array(["2020-01-01T00:00:00.25", "2020-01-01T02:00:00.123456789+02:00", "2020-01-01T00Z", None], kind)
+    table = SCHEMA.table(SCHEMA.parse([FULL] * 4)).set_column(0, "at", times).append_column("fare", [[1.0] * 4])
+    micros = SCHEMA.conform(table).column("at").cast(pa.int64()).to_pylist()
+    assert micros == [1577836800_250_000, 1577836800_123_456, 1577836800_000_000, None]
+    for odd in ("soon", "0001-01-01T00:00+14:00"):
+        with pytest.raises(SchemaError, match=f"'at' holds .*{re.escape(odd)}"):
+            SCHEMA.conform(table.set_column(0, "at", pa.array([*times.to_pylist()[:3], odd], kind)))
 
 
 @pytest.mark.parametrize(

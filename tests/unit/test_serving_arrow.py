@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 
 import numpy as np
 import orjson
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noria.schema import Column, Schema
 from serving.arrow import CONTENT_TYPE, decode_arrow
 from serving.outcome import Outcome
 from serving.protocol import MOST_ROWS, decode_predict
@@ -53,7 +55,12 @@ MOMENTS = [dt.datetime.fromisoformat(record["pickup"]) for record in RECORDS]
         {"pickup": pa.array(MOMENTS, pa.timestamp("ns", tz="Europe/Paris"))},
         {"pickup": pa.array([1584261000, -1, 1584230400])},
         {"pickup": pa.array([record["pickup"] for record in RECORDS], pa.large_string())},
+        {"pickup": pa.array([record["pickup"] for record in RECORDS], pa.string_view())},
         {"pickup": pa.array([record["pickup"] for record in RECORDS]).dictionary_encode()},
+        {"pickup": pa.array(["2020-03-15T08:30:00Z", "1970-01-01T01:59:59.123456789+02:00", "2020-03-15"])},
+        {"pickup": pa.array(["2020-03-15T08:30:00Z", "1969-12-31T23:59:59.5Z", "2020-03-15"]).dictionary_encode()},
+        {"pickup": pa.array([1584261000 * 10**9 + 1, -1, 1584230400 * 10**9], pa.timestamp("ns"))},
+        {"pickup": pa.array([1584261000_001, -1, 1584230400_000], pa.timestamp("ms", "UTC"))},
     ],
 )
 @pytest.mark.parametrize("batch", [None, 2])
@@ -73,6 +80,18 @@ def test_columns_that_are_not_sent_are_missing_and_null_typed_ones_too(trips_mod
     expected = decode_predict(b'[{"pickup": 60}]', trips_model).rows
     for name, tensor in expected.tensors.items():
         np.testing.assert_array_equal(rows.tensors[name], tensor)
+
+
+def test_times_beside_the_columns_too(trips_model):
+    """The event time's own rules: missing is now, and what is outside the calendar is refused."""
+    schema = Schema((Column("x", "number"),), event_time="at", target="y")
+    model = replace(trips_model, bundle=replace(trips_model.bundle, schema=schema))
+    times = pa.array(["1970-01-01T02:00:01+02:00", None, "1969-12-31T23:59:59.999999999"])
+    rows = decode_arrow(stream(pa.table({"at": times, "x": [1.0, 2.0, 3.0]})), model).rows
+    assert rows.times[[0, 2]].tolist() == [1_000_000, -1_000_000]
+    assert rows.times[1] > 1_600_000_000_000_000
+    with pytest.raises(Refusal, match="years 1 to 9999"):
+        decode_arrow(stream(pa.table({"at": pa.array([18446745633258], pa.timestamp("s"))})), model)
 
 
 def test_the_answer_is_a_stream_too(trips_model):
@@ -112,6 +131,11 @@ def test_the_answer_is_a_stream_too(trips_model):
         (stream(columns(vendor=pa.array([["A"], ["B"], ["C"]]))), 422, "Column 'vendor' holds list"),
         (stream(columns(pickup=pa.array([60, None, 60]))), 422, "required"),
         (stream(columns(pickup=pa.array([60, 2**60, 60]))), 422, "years 1 to 9999"),
+        (stream(columns(pickup=pa.array([60, 18446745633258, 60], pa.timestamp("s")))), 422, "years 1 to 9999"),
+        (stream(columns(pickup=pa.array([60, 2**63 - 1, 60], pa.timestamp("ms", "UTC")))), 422, "years 1 to 9999"),
+        (stream(columns(pickup=pa.array(["2020-03-15T08:30Z", "soon", None]))), 422, "'soon' is not an ISO 8601 time"),
+        (stream(columns(pickup=pa.array(["2020-03-15T08:30Z", "", None]))), 422, "'' is not an ISO 8601 time"),
+        (stream(columns(pickup=pa.array(["0001-01-01T00:00+14:00"] * 3))), 422, "years 1 to 9999"),
         (stream(columns(pickup=pa.array(["soon", "now", "then"]))), 422, "Column 'pickup' holds string"),
         (stream(pa.table({"pickup": pa.array([60] * (MOST_ROWS + 1))})), 413, "more than 10000 rows"),
     ],
