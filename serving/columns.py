@@ -6,8 +6,10 @@ ISO 8601 in BYTES. Not here: the request around the tensors (`serving.tensors`),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from struct import error, pack
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,6 +21,13 @@ from serving.wire import Refusal, Rows
 
 WHOLE = frozenset({"INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"})
 DECIMAL = frozenset({"FP16", "FP32", "FP64"})
+FORMATS = {
+    "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
+    "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d",
+}  # fmt: skip
+"""The letter of each datatype in the standard library's struct."""
+NUMBERS = {int, float}
+NUMBERS_AND_NULL, TEXT_AND_NULL = {*NUMBERS, type(None)}, {str, type(None)}
 ACCEPTED = {
     "number": WHOLE | DECIMAL,
     "integer": WHOLE,
@@ -91,7 +100,13 @@ def _column(column: Column, sent: Given, size: int) -> tuple[np.ndarray, bool]:
         if datatype != "BYTES" or kind != "timestamp":
             return _converted(column, datatype, data.reshape(size)), False
         data = data.ravel().tolist()
-    if kind == "timestamp" and datatype == "BYTES":
+    if datatype in WHOLE:
+        _check_whole(column, datatype, data)
+    elif datatype == "FP16" and NUMBERS_AND_NULL.issuperset(map(type, data)):
+        return _halves(column, data), False
+    elif kind == "timestamp":
+        if not TEXT_AND_NULL.issuperset(map(type, data)):
+            _refuse(column, datatype, data, [value.__class__ in TEXT_AND_NULL for value in data])
         data = [value or None for value in data]
     if size > FEW:
         quick = parse_column(column, data)
@@ -99,6 +114,41 @@ def _column(column: Column, sent: Given, size: int) -> tuple[np.ndarray, bool]:
             return quick, False
     values = [parse_value(column, value, row) for row, value in enumerate(data)]
     return np.array(values, NUMPY[kind]), True
+
+
+def _check_whole(column: Column, datatype: str, data: list[Any]) -> None:
+    """Refuses what is no whole number of its datatype (true is left to the column); null is missing."""
+    letter = FORMATS[datatype]
+    try:
+        pack(f"<{len(data)}{letter}", *data)  # all at once where nothing is odd
+    except error:
+        fits = [value is None or _packs(letter, value) for value in data]
+        if not all(fits):
+            _refuse(column, datatype, data, fits)
+
+
+def _halves(column: Column, data: list[Any]) -> np.ndarray:
+    """Numbers rounded to FP16, as they would be in bytes."""
+    filled = [math.nan if value is None else value for value in data]
+    try:
+        return _converted(column, "FP16", np.frombuffer(pack(f"<{len(data)}e", *filled), np.float16))
+    except (OverflowError, error):
+        _refuse(column, "FP16", data, [_packs("e", value) for value in filled])
+
+
+def _packs(letter: str, value: Any) -> bool:
+    try:
+        pack(f"<{letter}", value)
+    except (OverflowError, error):
+        return False
+    return True
+
+
+def _refuse(column: Column, datatype: str, data: list[Any], fits: list[bool]) -> NoReturn:
+    row = fits.index(False)
+    raise SchemaError(
+        f"Row {row}: '{column.name}' is {repr(data[row])[:60]}, which is no {datatype}.", column.name, row
+    )
 
 
 def _converted(column: Column, datatype: str, values: np.ndarray) -> np.ndarray:

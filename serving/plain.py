@@ -14,19 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from serving.columns import DECIMAL, WHOLE, Given
+from serving.columns import DECIMAL, FORMATS, NUMBERS, NUMBERS_AND_NULL, WHOLE, Given
 from serving.datatypes import NUMPY
 from serving.model import Model, Tensor
 from serving.protocol import limit_rows
 from serving.wire import Refusal, Rows
 
-NUMBERS = {int, float}
-NUMBERS_AND_NULL = {*NUMBERS, type(None)}
-FORMATS = {
-    "BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q",
-    "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d",
-}  # fmt: skip
-"""The letter of each datatype in the standard library's struct."""
 KINDS: dict[str, set[type]] = {
     "BOOL": {bool},
     "BYTES": {str},

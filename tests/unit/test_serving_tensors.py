@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from serving import binary, rpc_infer
 from serving.datatypes import NUMPY, to_bytes
+from serving.messages import MESSAGES
 from serving.openapi import plain_example
 from serving.outcome import Outcome
 from serving.tensors import decode_infer, elements
@@ -276,3 +277,60 @@ def test_the_documented_example_of_a_plain_model_is_answered(identity_model, dat
         model = identity_model(datatype, shape)
         answer = run(model, decode_infer(orjson.dumps(plain_example(model)), model))
         assert "y" in outputs_of(answer)
+
+
+def columns_of(count, **columns):
+    """A request of a workload that requires `pickup`; each column a datatype and its values."""
+    sent = {"pickup": ("INT64", [60] * count), **columns}
+    inputs = [
+        {"name": name, "datatype": datatype, "shape": [count], "data": data} for name, (datatype, data) in sent.items()
+    ]
+    return orjson.dumps({"inputs": inputs})
+
+
+@pytest.mark.parametrize("many", [1, 20])
+@pytest.mark.parametrize(
+    ("name", "datatype", "value"),
+    [
+        ("distance", "INT8", 128), ("distance", "UINT8", -1), ("distance", "INT64", 2.5), ("distance", "INT64", 2.0),
+        ("distance", "INT64", 2**63), ("distance", "UINT64", -1), ("distance", "FP16", 65520),
+        ("zone", "INT64", 2.0), ("zone", "INT16", 2**15), ("zone", "UINT8", 256), ("zone", "INT32", "1"),
+        ("pickup", "INT64", "2020-03-15T08:30:00"), ("pickup", "BYTES", 1584261000), ("pickup", "BYTES", 0),
+        ("pickup", "BYTES", False),
+    ],
+)  # fmt: skip
+def test_a_workload_too_takes_values_of_the_stated_datatype_only(trips_model, name, datatype, value, many):
+    good = {"INT": 1, "UIN": 1, "FP1": 0.5, "BYT": "2020-03-15"}[datatype[:3]]
+    data = [good] * many + [None] * (name != "pickup") + [value]
+    sentence = f"Row {len(data) - 1}: '{name}' is .*, which is no {datatype}"
+    with pytest.raises(Refusal, match=sentence) as caught:
+        decode_infer(columns_of(len(data), **{name: (datatype, data)}), trips_model)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("many", [1, 20])
+def test_a_workload_gets_the_same_from_values_as_from_bytes(trips_model, many):
+    for datatype, values in (
+        ("INT8", [100, None, 0]), ("UINT8", [0, 100, 7]), ("INT64", [1, None, 2]), ("UINT64", [5, 6, None]),
+        ("FP16", [0.1, None, 1]), ("FP32", [0.1, None, 7]), ("FP64", [0.1, None, 1e-300]),
+    ):  # fmt: skip
+        data = values * many
+        rows = decode_infer(columns_of(len(data), distance=(datatype, data)), trips_model).rows
+        expected = [math.nan if value is None else float(NUMPY[datatype](value)) for value in data]
+        np.testing.assert_array_equal(rows.tensors["distance"], np.array(expected, np.float32), datatype)
+    times = ["1970-01-01T00:01:00", "1970-01-01T00:01:00Z"] * many
+    assert set(decode_infer(columns_of(len(times), pickup=("BYTES", times)), trips_model).rows.times) == {60_000_000}
+    with pytest.raises(Refusal, match=r"Row 0 has no 'pickup'|Row 0: 'pickup' is missing"):
+        decode_infer(columns_of(many, pickup=("BYTES", [""] * many)), trips_model)
+
+
+def test_typed_contents_of_a_workload_are_within_their_type(trips_model):
+    inputs = [
+        {"name": "pickup", "datatype": "INT64", "shape": [1], "contents": {"int64_contents": [60]}},
+        {"name": "distance", "datatype": "INT8", "shape": [1], "contents": {"int_contents": [128]}},
+    ]
+    with pytest.raises(Refusal, match="'distance' is 128, which is no INT8"):
+        rpc_infer.decode_infer(MESSAGES["ModelInferRequest"](inputs=inputs), trips_model)
+    inputs[1]["contents"] = {"int_contents": [100]}
+    rows = rpc_infer.decode_infer(MESSAGES["ModelInferRequest"](inputs=inputs), trips_model).rows
+    assert rows.tensors["distance"].tolist() == [100.0]
