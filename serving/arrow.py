@@ -81,7 +81,9 @@ def _read(body: bytes, schema: Schema, most: int) -> pa.Table:
         for number, message in enumerate(pa.ipc.MessageReader.open_stream(pa.py_buffer(body))):
             if number > MOST_ROWS:
                 raise Refusal(413, f"There are more than {MOST_ROWS} batches; send the rows in fewer.")
-            _refuse_compressed(message)
+            held += _check_message(message)
+            _limit(held, most)
+        held = 0
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
             _check_columns(reader.schema, schema)
             for batch in reader:
@@ -139,9 +141,13 @@ def _measure(batch: pa.RecordBatch, held: int, most: int) -> int:
     if held <= most:
         batch.validate(full=True)
         held += sum(map(_named, columns))
+    _limit(held, most)
+    return held
+
+
+def _limit(held: int, most: int) -> None:
     if held > most:
         raise Refusal(413, f"The columns hold more than {most:,} bytes when they are expanded; send fewer rows.")
-    return held
 
 
 def _viewed(column: pa.Array) -> int:
@@ -196,20 +202,26 @@ def _seconds(values: pa.ChunkedArray, column: Column) -> np.ndarray:
     return to_tensor(column, cast(values, ARROW["timestamp"]))
 
 
-def _refuse_compressed(message: pa.Message) -> None:
-    """Raises Refusal 400 for a batch with compressed buffers.
+def _check_message(message: pa.Message) -> int:
+    """The bytes of a batch's buffers: reading it copies each where the client's bytes are in the other order. Raises
+    Refusal 400 where they are compressed.
 
     A message is a flatbuffer, format/Message.fbs: Message{version, header_type, header, bodyLength}, and
     RecordBatch{length, nodes, buffers, compression}, which a DictionaryBatch{id, data, isDelta} holds as its data.
     """
     if message.type not in ("record batch", "dictionary"):
-        return
+        return 0
     data = message.metadata.to_pybytes()
     table = _follow(data, _follow(data, 0), 2)
     if message.type == "dictionary":
         table = _follow(data, table, 1)
     if _field(data, table, 3):
         raise Refusal(400, "The Arrow buffers are compressed; send them as they are (gzip of the whole body is taken).")
+    if not _field(data, table, 2):
+        return 0
+    buffers = _follow(data, table, 2)  # how many there are, and of each where it lies and its length
+    count = int.from_bytes(data[buffers : buffers + 4], "little")
+    return sum(max(size, 0) for size in np.frombuffer(data, "<i8", 2 * count, buffers + 4)[1::2].tolist())
 
 
 def _follow(data: bytes, table: int, field: int | None = None) -> int:
