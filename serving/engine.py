@@ -94,10 +94,15 @@ class Engine:
                 raise Unloadable(workload, entry.version, reached.reason)
 
     def follow(self, folder: Path) -> None:
-        """Take in what the server's files say about the workloads by now; the models stay as they are."""
-        self.known = read(folder / "desired", Desired)
-        self.failures = read(folder / "failed", State)
-        for workload, reached in read(folder / "state", State).items():
+        """Take in what the server's files say about the workloads by now; the models stay as they are.
+
+        Raises:
+            OSError, ServiceError: a file cannot be read, and everything stays.
+        """
+        known, failures = read(folder / "desired", Desired), read(folder / "failed", State)
+        states = read(folder / "state", State)
+        self.known, self.failures = known, failures
+        for workload, reached in states.items():
             model = self.models.get(workload)
             if model is not None and model.version == reached.version and reached.status == "serving":
                 self.states[workload] = reached

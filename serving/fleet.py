@@ -130,16 +130,17 @@ class Fleet:
             self._old = []
 
     def _go(self, worker: Worker) -> None:
-        self._say_ready(worker)
+        if not self._say_ready(worker):
+            return
         self.ledger.settled(self.current.entries)
         worker.go()
         logger.info("Generation %d answers: worker %d was ready after %.2f s with %d MB.", worker.generation,
                     worker.pid, worker.seconds, worker.memory_mb)  # fmt: skip
 
-    def _say_ready(self, *joining: Worker) -> None:
+    def _say_ready(self, *joining: Worker) -> bool:
         """Every worker that may be asked knows these models; `joining` ones are about to accept."""
         answering = [one for one in [*self.members, *self._old, *self.pool.leaving] if one.answers]
-        self.everywhere.say({one.generation for one in [*answering, *joining]})
+        return self.everywhere.say({one.generation for one in [*answering, *joining]})
 
     def _lost(self, worker: Worker, failure: Failure) -> None:
         """A worker of the present generation died, or cannot load it."""

@@ -48,9 +48,11 @@ def path_of(folder: Path, number: int) -> Path:
 
 
 def write(folder: Path, generation: Generation) -> Path:
-    """Write a generation's file; returns where."""
+    """Write a generation's file, once, for what it loads never changes: a worker that dies while the disk is full is
+    replaced all the same. Returns where. Raises OSError."""
     path = path_of(folder, generation.number)
-    write_file(path, asdict(generation))
+    if not path.exists():
+        write_file(path, asdict(generation))
     return path
 
 

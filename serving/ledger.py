@@ -1,85 +1,148 @@
-"""What the fleet reads and writes down: what is desired, what came of it, and how often. Nothing is decided here."""
+"""What the fleet reads and writes down: what is desired, what came of it, and how often. Nothing is decided here.
+
+Only the fleet writes `state/`, `failed/` and `swaps.json`, so they are read once, at the start. That a version answers,
+and which processes there are, is told to others and promised to nobody: what cannot be written of it now, because the
+disk is full, is written at a later step, and no worker waits for it.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from serving import state
+from serving import repository, state
 from serving.generation import Generation
 from serving.state import Desired, State, now
 
+logger = logging.getLogger(__name__)
+
 
 class Ledger:
-    """The files of one server's folder, on the side of the fleet."""
+    """The files of one server's folder, on the side of the fleet. Used by one thread."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises OSError or ServiceError when the files cannot be read."""
         self.folder = folder
         self.states, self.failures = folder / "state", folder / "failed"
+        self._watched = state.Watched(folder / "desired")
         self._seen: object = None
         self._desired: dict[str, Desired] = {}
+        reached = state.read(self.states, State)
+        self._reached = {name: one for name, one in reached.items() if one.status == "serving"}
+        self._refused = state.read(self.failures, State)
+        self._counts = state.swaps(folder)
+        self._counted = True
+        """Whether `swaps.json` says what `_counts` does."""
+        self._answering: Mapping[str, Desired] = {}
+        """What was said to answer last."""
+        self._owed = False
+        """Something of that is not written yet."""
         self._workers: Sequence[Mapping[str, object]] = ()
+        self._trouble: str | None = None
+        """Why something could not be written; said once while it lasts."""
 
     def desired(self) -> dict[str, Desired]:
-        """What should serve, by workload; read again when a file of it was replaced."""
-        mark = state.signature(self.folder / "desired")
+        """What should serve, by workload; read again when a file of it was replaced. Raises OSError or ServiceError."""
+        mark = [*self._watched.mark(), state.written(self.folder / "repository.json")]
         if mark != self._seen:
             self._desired = state.read(self.folder / "desired", Desired)
+            self._forget_others()
             self._seen = mark
         return self._desired
 
     def settled(self, entries: Mapping[str, Desired]) -> None:
         """These versions answer: write it down where that is new."""
-        known, failures = state.read(self.states, State), state.read(self.failures, State)
-        for workload, entry in entries.items():
-            version = entry.version or 0
-            before = known.get(workload)
-            if before is not None and before.status != "serving":
-                before = None
-            if before is None or before.version != version or before.asked != entry.asked:
-                self._serves(entry, before)
-                if entry.asked and workload in failures and failures[workload].asked != entry.asked:
-                    self._clear(failures[workload], version, before)
+        self._answering = entries
+        self._settle()
 
     def failed(self, entry: Desired, current: Generation, reason: str) -> None:
-        """A version was refused."""
+        """A version was refused. Raises OSError."""
         serving = current.entries.get(entry.workload)
         version = serving.version if serving is not None else None
         refused = State(entry.workload, entry.version or 0, "failed", reason, now(), entry.asked, version)
         state.write(self.failures, refused)
+        self._refused[entry.workload] = refused
         self._count(entry.workload, "failed")
+        self._settle()
 
     def gone(self, workload: str) -> None:
-        """A workload is served no more, on purpose."""
-        state.remove(self.states, workload)
-        state.remove(self.failures, workload)
+        """A workload is served no more, on purpose. Raises OSError."""
+        self._answering = {name: entry for name, entry in self._answering.items() if name != workload}
+        self._forget(workload)
 
     def workers(self, described: Sequence[Mapping[str, object]]) -> bool:
-        """Write down which processes there are, when that has changed; returns whether it had."""
+        """Write down which processes there are, when that has changed; returns whether it had. Called at each step, so
+        what an earlier one could not write is tried again first."""
+        if self._owed:
+            self._settle()
         if described == self._workers:
             return False
-        state.write_file(self.folder / "workers.json", described)
+        try:
+            state.write_file(self.folder / "workers.json", described)
+        except OSError as error:
+            self._postpone(error)
+            return False
         self._workers = described
         return True
 
-    def _serves(self, entry: Desired, before: State | None) -> None:
-        version = entry.version or 0
-        if before is not None and before.version == version:
-            reached = replace(before, asked=entry.asked)
+    def _settle(self) -> None:
+        try:
+            for entry in self._answering.values():
+                self._serves(entry)
+            if not self._counted:
+                state.write_file(self.folder / "swaps.json", self._counts)
+                self._counted = True
+        except OSError as error:
+            self._owed = True
+            self._postpone(error)
         else:
-            replaced = before.version if before is not None else None
-            reached = State(entry.workload, version, "serving", "", now(), entry.asked, replaced)
-            self._count(entry.workload, "serving")
-        state.write(self.states, reached)
+            self._owed, self._trouble = False, None
 
-    def _clear(self, failure: State, version: int, before: State | None) -> None:
-        """A refusal is remembered until another version answers, or the refused one does after all."""
-        if failure.version == version or before is None or before.version != version:
-            state.remove(self.failures, failure.workload)
+    def _serves(self, entry: Desired) -> None:
+        workload, version, before = entry.workload, entry.version or 0, self._reached.get(entry.workload)
+        if before is not None and (before.version, before.asked) == (version, entry.asked):
+            return
+        is_new = before is None or before.version != version
+        failure = self._refused.get(workload)
+        if failure is not None and entry.asked not in ("", failure.asked) and (is_new or failure.version == version):
+            # A refusal is remembered until another version answers, or the refused one does after all.
+            state.remove(self.failures, workload)
+            del self._refused[workload]
+        if before is None or is_new:
+            replaced = before.version if before is not None else None
+            reached = State(workload, version, "serving", "", now(), entry.asked, replaced)
+        else:
+            reached = replace(before, asked=entry.asked)
+        state.write(self.states, reached)
+        self._reached[workload] = reached
+        if is_new:
+            self._count(workload, "serving")
+
+    def _forget_others(self) -> None:
+        """What came of names that nobody asks for and nothing answers any more goes. A model of the repository that
+        does not load is not asked for between two tries, and its failure stays."""
+        listed = {one.name for one in repository.index(self.folder)}
+        known = {*self._desired, *self._answering, *listed}
+        try:
+            for workload in {*self._reached, *self._refused} - known:
+                self._forget(workload)
+        except OSError as error:
+            self._postpone(error)
+
+    def _forget(self, workload: str) -> None:
+        state.remove(self.states, workload)
+        state.remove(self.failures, workload)
+        self._reached.pop(workload, None)
+        self._refused.pop(workload, None)
 
     def _count(self, workload: str, outcome: str) -> None:
-        counts = state.swaps(self.folder)
-        of_workload = counts.setdefault(workload, {})
+        of_workload = self._counts.setdefault(workload, {})
         of_workload[outcome] = of_workload.get(outcome, 0) + 1
-        state.write_file(self.folder / "swaps.json", counts)
+        self._counted = False
+
+    def _postpone(self, error: OSError) -> None:
+        if error.strerror != self._trouble:
+            logger.error("What serves cannot be written down (%s); it is tried again at each step.", error.strerror)
+        self._trouble = error.strerror

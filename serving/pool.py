@@ -44,7 +44,11 @@ class Pool:
                 self._spare.close()
                 self._spare, self._spare_at = None, time.monotonic() + SPARE_WAIT
         elif time.monotonic() >= self._spare_at:
-            self._spare = Worker(self.plan)
+            try:
+                self._spare = Worker(self.plan)
+            except OSError as error:  # those that answer go on without it
+                logger.error("No spare worker can be started (%s); it is tried again.", error)
+                self._spare_at = time.monotonic() + SPARE_WAIT
 
     def retire(self, worker: Worker) -> None:
         """Let a worker that answers finish what it has; end any other one now."""

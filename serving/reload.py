@@ -26,7 +26,7 @@ from noria.errors import ServiceError
 from noria.runtime import Providers, require
 from noria.settings import Settings
 from noria.variables import export, variables
-from serving import tally
+from serving import state, tally
 from serving.config import Config
 from serving.configure import configure
 from serving.fleet import Fleet
@@ -35,6 +35,7 @@ from serving.metrics import Metrics
 from serving.repeat import repeat
 from serving.repository import Repository
 from serving.shadow_counts import ShadowCounts
+from serving.state import Desired, State
 from serving.supervise import MB, Plan, listen, reserve
 
 COUNT_SECONDS = 1.0
@@ -64,6 +65,11 @@ def serve(
     chain = require(settings.providers, settings.gpu_device)
     config = configure(settings, host, is_open=is_open, workers=settings.workers)
     with _alone(settings.serving), ExitStack() as held:
+        state.set_aside(settings.serving / "desired", Desired)
+        for name in ("state", "failed"):
+            state.set_aside(settings.serving / name, State)
+        if not settings.repository:
+            (settings.serving / "repository.json").unlink(missing_ok=True)  # of an earlier start, which had one
         listener = listen(host, port)
         if grpc_port is not None:
             held.enter_context(reserve(host, grpc_port))

@@ -98,7 +98,7 @@ class Worker:
     """A started worker process. Used by one thread, the one that started it."""
 
     def __init__(self, plan: Plan) -> None:
-        """Start it. Its standard input is the pipe that ends with this process."""
+        """Start it. Its standard input is the pipe that ends with this process. Raises OSError."""
         self.plan, self.generation = plan, 0
         self.phase: Literal["spare", "loading", "loaded", "opening", "accepting"] = "spare"
         self.failure: Failure | None = None
@@ -124,6 +124,9 @@ class Worker:
                 process_group=0,  # not a session of its own: niceness would not count between it and the drain
                 env=child_environment(PYTHONPATH=_search_path(), **MEMORY),
             )
+        except BaseException:
+            os.close(self._reports)
+            raise
         finally:
             os.close(theirs)
 

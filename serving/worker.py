@@ -16,6 +16,7 @@ import asyncio
 import ctypes
 import gc
 import importlib
+import json
 import logging
 import os
 import queue
@@ -31,11 +32,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 import uvicorn
 import uvloop
 
+from noria.errors import ServiceError
 from serving import generation, state, tracing
 from serving.app import App
 from serving.batcher import Batcher
@@ -82,7 +83,7 @@ class Parent:
 
     def tell(self, **said: object) -> None:
         """Report something, as one line of JSON."""
-        os.write(self._report, orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE))
+        os.write(self._report, f"{json.dumps(said)}\n".encode())  # not orjson, which refuses a version of 20 digits
 
     def hear(self) -> str:
         """The next line that it says; waits for it."""
@@ -179,24 +180,29 @@ class Follower:
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
+        self._watched = state.Watched(*(folder / name for name in ("desired", "state", "failed")))
         self._seen: object = None
 
     def step(self) -> None:
-        """Look once."""
-        mark = [state.signature(self.folder / name) for name in ("desired", "state", "failed")]
+        """Look once. Raises OSError or ServiceError when a file cannot be read; the next look tries again."""
+        mark = self._watched.mark()
         if mark != self._seen:
             self.engine.follow(self.folder)
             self._seen = mark
 
 
 async def _repeat(step: Callable[[], object], seconds: float) -> None:
-    """Call `step` in a thread again and again; a failure is logged, and the next call tries again."""
+    """Call `step` in a thread again and again; a failure is logged once while it lasts, and tried again."""
+    last = ""
     while True:
         await asyncio.sleep(seconds)
         try:
             await asyncio.to_thread(step)
-        except Exception:
-            logger.exception("%s failed", step.__qualname__)
+            last = ""
+        except Exception as error:
+            if str(error) != last:
+                logger.exception("%s failed", step.__qualname__)
+            last = str(error)
 
 
 def load(parent: Parent, engine: Engine, path: Path) -> None:
@@ -250,7 +256,8 @@ def main() -> None:
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     parent.hear()
     parent.part(lambda: setattr(server, "should_exit", True))
-    engine.follow(given.folder)
+    with suppress(OSError, ServiceError):  # the follower says so, and tries again
+        engine.follow(given.folder)
     listener = socket.socket(fileno=given.socket)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(server, listener, service, given.folder))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -85,3 +88,29 @@ def test_what_is_gone_when_the_first_worker_starts_leaves_nothing_behind(driven)
     driven.forget("one")
     driven.until(lambda: driven.serves("two", "three", "four"))
     assert not state.read(driven.folder / "failed", State)
+
+
+def test_a_worker_that_dies_while_the_disk_is_full_is_replaced(driven, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    driven.until(lambda: driven.serves(*NAMES))
+    monkeypatch.setattr("os.fsync", full)
+    (died,) = driven.fleet.members
+    os.kill(died.pid, signal.SIGKILL)
+    driven.until(lambda: driven.serves(*NAMES) and driven.fleet.members != [died])
+
+
+def test_what_cannot_be_read_for_a_moment_goes_on_answering(driven):
+    driven.until(lambda: driven.serves(*NAMES))
+    path = driven.folder / "desired" / "one.json"
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        driven.fleet.step()
+    path.rmdir()
+    path.write_bytes(content)
+    driven.ask("two", 2)
+    driven.until(lambda: driven.versions()["two"] == 2)
+    driven.until(lambda: driven.serves(*NAMES))
