@@ -58,7 +58,8 @@ class Settings(BaseSettings):
     """How long a worker may take to load and prove one version; then the version is refused."""
 
     load_memory_mb: int = Field(default=0, ge=0)
-    """Memory that a worker may hold while it loads; 0: half of the machine's, shared by the workers."""
+    """Memory that a worker may hold while it loads; 0: half of what the machine, or its container, has, shared by
+    the workers."""
 
     repository: str = ""
     """Folder of plain models, NAME/VERSION/model.onnx, that the server serves beside the workloads; empty: none."""

@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from noria.settings import Settings
 from registry.store import Store
@@ -23,29 +25,46 @@ DRAIN_SECONDS = 0.3
 GATHER_SECONDS, MANY_ROWS = 2.0, 500
 """Between two steps of the drain, where the last one moved so many rows: a commit costs the same for few and many."""
 LAST_DRAIN_SECONDS = 60
+FOLLOWERS_SECONDS = 5
+"""How long the end waits for what speaks with MLflow, while the workers finish what they have."""
 NICE = 19
 """The drain gives way to the workers: a segment may wait, a request may not."""
 
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings, mlflow_url: str, stop: threading.Event, ended: threading.Event) -> None:
-    """Repeat everything until `stop` is set; after `ended`, bring the rest of the log into the lake."""
-    shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving) if mlflow_url else None
-    drain = Drain(settings.serving / "log", str(settings.lake), *([shadowing.feed.offer] if shadowing else []))
-    threads = [threading.Thread(target=_drain, args=(drain, stop), name="drain")]
-    if shadowing:
-        reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
-        followed = ((reconciler.step, settings.poll_seconds), (shadowing.step, SHADOW_SECONDS))
-        threads += [threading.Thread(target=repeat, args=(step, every, stop)) for step, every in followed]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ended.wait()
-    if shadowing:
-        shadowing.stop()
-    _drain_rest(drain)
+class Work:
+    """All of it, made before any of it runs: so what fails meanwhile can be made again."""
+
+    def __init__(self, settings: Settings, mlflow_url: str) -> None:
+        offers: list[Callable[[Path], None]] = []
+        self.shadowing: Shadowing | None = None
+        self._followed: list[tuple[Callable[[], None], float]] = []
+        if mlflow_url:
+            self.shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving)
+            reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
+            self._followed = [(reconciler.step, settings.poll_seconds), (self.shadowing.step, SHADOW_SECONDS)]
+            offers = [self.shadowing.feed.offer]
+        self.drain = Drain(settings.serving / "log", str(settings.lake), *offers)
+
+    def run(self, stop: threading.Event, ended: threading.Event) -> None:
+        """Repeat everything until `stop` is set; after `ended`, bring the rest of the log into the lake."""
+        drains = threading.Thread(target=_drain, args=(self.drain, stop), name="drain")
+        # A call of an MLflow that hangs lasts minutes, and the end of this process does not wait for it.
+        followers = [
+            threading.Thread(target=repeat, args=(step, every, stop), daemon=True) for step, every in self._followed
+        ]
+        for thread in (drains, *followers):
+            thread.start()
+        stop.wait()
+        deadline = time.monotonic() + FOLLOWERS_SECONDS
+        for thread in followers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        drains.join()
+        ended.wait()
+        _drain_rest(self.drain)
+        if self.shadowing:
+            self.shadowing.stop()
 
 
 def _drain(drain: Drain, stop: threading.Event) -> None:

@@ -20,8 +20,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-import psutil
-
 from noria.errors import ServiceError
 from noria.runtime import Providers, require
 from noria.settings import Settings
@@ -31,6 +29,7 @@ from serving.config import Config
 from serving.configure import configure
 from serving.fleet import Fleet
 from serving.lag import handed_over, look_at_log
+from serving.machine import memory
 from serving.metrics import Metrics
 from serving.repeat import repeat
 from serving.repository import Repository
@@ -122,6 +121,8 @@ class Background:
         """Set when no worker writes any more."""
         self.may_import = threading.Event()
         """Set when the first workers answer, or have nothing to load."""
+        self._prepared = threading.Event()
+        self._work: Callable[[threading.Event, threading.Event], None] | None = None
         self._thread = threading.Thread(target=self._run, name="background")
 
     def start(self) -> None:
@@ -132,12 +133,21 @@ class Background:
         """The workers have ended: bring what they wrote into the lake, and return."""
         self.may_import.set()
         self.ended.set()
+        self._prepared.set()
         self._thread.join()
 
     def _run(self) -> None:
         self.may_import.wait(FIRST_SECONDS)
         export(**{name: value for name, value in ALLOCATOR.items() if not variables(name)})
-        importlib.import_module("serving.background").run(self.settings, self.mlflow_url, self.stop, self.ended)
+        repeat(self._prepare, None, self._prepared)
+        if self._work is not None:
+            self._work(self.stop, self.ended)
+
+    def _prepare(self) -> None:
+        """What fails here, as where the disk is full, is tried again: without it no alias is followed, and no row comes
+        into the lake."""
+        self._work = importlib.import_module("serving.background").Work(self.settings, self.mlflow_url).run
+        self._prepared.set()
 
 
 def _count(metrics: Metrics, fleet: Fleet, folder: Path, shadow: ShadowCounts) -> None:
@@ -152,8 +162,8 @@ def _count(metrics: Metrics, fleet: Fleet, folder: Path, shadow: ShadowCounts) -
 def _plan(
     settings: Settings, listener: socket.socket, grpc_port: int | None, config: Config, providers: Providers
 ) -> Plan:
-    memory = settings.load_memory_mb * MB or psutil.virtual_memory().total // 2 // settings.workers
-    return Plan(listener, settings.serving, providers, grpc_port, config, settings.load_seconds, memory)
+    limit = settings.load_memory_mb * MB or memory() // 2 // settings.workers
+    return Plan(listener, settings.serving, providers, grpc_port, config, settings.load_seconds, limit)
 
 
 @contextmanager
