@@ -17,6 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +38,7 @@ LOOK_SECONDS = 0.5
 DRAIN_SECONDS = 1.0
 START_SECONDS = 120
 """How long a starting replica waits to serve all that the others serve."""
+LEAVE_SECONDS = 2
 LAST_DRAIN_SECONDS = 20
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Rollout(Protocol):
     """`join.remote() -> (key, number)`"""
     look: Any
     """`look.remote(replica, states) -> Orders`"""
+    leave: Any
+    """`leave.remote(replica)`"""
     files: Any
     """`files.remote(folder) -> dict[str, bytes]`"""
 
@@ -132,6 +136,7 @@ class Replica:
         await receive()
         for task in self._tasks:
             task.cancel()
+        await self._leave()
         await asyncio.to_thread(self._end)
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -147,6 +152,10 @@ class Replica:
         _keep(self.node / "id.key", key)
         self.service = assemble(self.engine, self.config, self.node, self.name, number)
         self.answers = App(self.service)
+
+    async def _leave(self) -> None:
+        with suppress(Exception):  # whatever Ray raises where the rollout was ended first
+            await asyncio.wait_for(self.rollout.leave.remote(self.name), LEAVE_SECONDS)
 
     def _end(self) -> None:
         """Every logged row is handed over; what does not reach the lake now is the next replica's on this node."""

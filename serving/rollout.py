@@ -23,7 +23,8 @@ from serving.replica import Order, Orders, digest_of
 from serving.state import Desired, State
 
 SILENT_SECONDS = 15
-"""A replica that tries a version and says nothing for so long is taken for dead; another one tries."""
+"""A replica that tries a version and says nothing for so long is taken for dead. It may have been bad luck, so another
+one tries; when that happens twice the version is refused, for each try costs the requests of a replica."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class Trial:
     replica: str
     began: float
     heard: float
+    again: bool = False
+    """Another replica tried it before, and fell silent."""
 
 
 class Rollout:
@@ -75,6 +78,11 @@ class Rollout:
                 self._hear(one)
         orders = [self._order(replica, desired) for desired in wanted.values()]
         return Orders(tuple(order for order in orders if order is not None), None in orders or not self.polled)
+
+    async def leave(self, replica: str) -> None:
+        """A replica was told to end: what it was trying is not to blame, and another one tries at once."""
+        for asked in [asked for asked, trial in self._trying.items() if trial.replica == replica]:
+            del self._trying[asked]
 
     async def files(self, folder: str) -> dict[str, bytes]:
         """The files of a fetched bundle. Raises ValueError for any other folder."""
@@ -118,13 +126,21 @@ class Rollout:
         clock = time.monotonic()
         trial = self._trying.setdefault(desired.asked, Trial(replica, clock, clock))
         if clock - trial.began > self._load_seconds:
-            reason = f"No replica could load version {desired.version} within {self._load_seconds:g} s."
-            self._hear(State(desired.workload, desired.version or 0, "failed", reason, state.now(), desired.asked))
+            self._refuse(desired, f"No replica could load version {desired.version} within {self._load_seconds:g} s.")
             return False
-        if trial.replica != replica and clock - trial.heard < SILENT_SECONDS:
-            return False
-        trial.replica, trial.heard = replica, clock
+        if trial.replica != replica:
+            if clock - trial.heard < SILENT_SECONDS:
+                return False
+            if trial.again:
+                self._refuse(desired, f"Two replicas ended or fell silent while they loaded version {desired.version}.")
+                return False
+            trial = self._trying[desired.asked] = Trial(replica, clock, clock, again=True)
+        trial.heard = clock
         return True
+
+    def _refuse(self, desired: Desired, reason: str) -> None:
+        self._trying.pop(desired.asked, None)
+        self._hear(State(desired.workload, desired.version or 0, "failed", reason, state.now(), desired.asked))
 
     def _poll(self) -> None:
         last = ""

@@ -1,0 +1,75 @@
+"""The rollout as replicas ask it, over the files that the reconciler writes. Its MLflow does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from serving import rollout as module
+from serving import state
+from serving.rollout import Rollout
+from serving.state import Desired, State
+
+AWAY = "http://127.0.0.1:9"
+"""Nothing listens there."""
+SILENT = 0.2
+
+
+@pytest.fixture
+def rollout(tmp_path, monkeypatch):
+    """One that has polled; version 1 answers, and the alias names version 2 by now."""
+    monkeypatch.setattr(module, "SILENT_SECONDS", SILENT)
+    state.write(tmp_path / "rollout" / "desired", desired(1))
+    made = started(tmp_path)
+    assert orders(made, "first") == [1]
+    hear(made, "first", 1, "serving")
+    state.write(made.folder / "desired", desired(2, 1))
+    return made
+
+
+def started(home, lake=None, load_seconds=60.0):
+    made = Rollout(AWAY, str(home), lake or str(home / "lake"), poll_seconds=3600, load_seconds=load_seconds)
+    made.polled = True
+    return made
+
+
+def desired(version, before=None):
+    return Desired("trips", version, f"bundles/trips/{version}", f"asked-{version}", before, f"bundles/trips/{before}")
+
+
+def orders(made, replica, *said):
+    """The versions that a replica is told to serve."""
+    return [order.desired.version for order in asyncio.run(made.look(replica, said)).orders]
+
+
+def hear(made, replica, version, status, reason=""):
+    return orders(made, replica, State("trips", version, status, reason, state.now(), f"asked-{version}"))
+
+
+def refused(made):
+    return {one.version: one.reason for one in state.read(made.folder / "failed", State).values()}
+
+
+def test_a_version_is_refused_when_the_second_replica_that_tries_it_falls_silent(rollout):
+    assert orders(rollout, "one") == [2]
+    assert orders(rollout, "two") == [1]  # while the first one tries
+    time.sleep(SILENT)
+    assert orders(rollout, "two") == [2]  # it may have been bad luck
+    assert orders(rollout, "three") == [1]
+    assert not refused(rollout)
+    time.sleep(SILENT)
+    for name in ("three", "four", "one", "two"):
+        assert orders(rollout, name) == [1]
+    assert refused(rollout) == {2: "Two replicas ended or fell silent while they loaded version 2."}
+
+
+def test_a_replica_that_was_told_to_end_says_nothing_about_the_version_that_it_tries(rollout):
+    for name in ("one", "two", "three"):
+        assert orders(rollout, name) == [2]
+        asyncio.run(rollout.leave(name))
+    assert orders(rollout, "four") == [2]
+    assert not refused(rollout)
+    assert hear(rollout, "four", 2, "serving") == [2]
+    assert orders(rollout, "five") == [2]
