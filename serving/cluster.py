@@ -104,7 +104,8 @@ def application(options: Options) -> Application:
         **_size(options),
     )
     config = configure(settings, options.host, is_open=options.is_open, workers=options.replicas)
-    return replica.bind(rollout, home, lake, config.to_json(), options.providers or settings.providers)
+    providers = options.providers or settings.providers
+    return replica.bind(rollout, home, lake, config.to_json(), providers, load_seconds=settings.load_seconds)
 
 
 def _on_own_address(kind: type[Any]) -> type[Any]:

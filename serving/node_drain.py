@@ -39,7 +39,7 @@ class NodeDrain:
         deadline = time.monotonic() + seconds
         while not self.step():
             if time.monotonic() > deadline or not any((self.folder / "ready").iterdir()):
-                return  # empty, or another replica is at it
+                break  # empty, or another replica is at it
             time.sleep(0.1)
         with self._stepping:
             self._lock.close()

@@ -16,21 +16,20 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 from noria.runtime import Providers
-from registry.manifest import MANIFEST
 from serving.app import App, Receive, Scope, Send
 from serving.config import Config
+from serving.copies import holds, put
 from serving.engine import Engine
 from serving.node_drain import NodeDrain
 from serving.service import Service
-from serving.state import Desired, State
+from serving.state import Desired, State, now
 from serving.worker import METRICS_SECONDS, ROTATE_SECONDS, build
 
 LOOK_SECONDS = 0.5
@@ -85,15 +84,20 @@ def assemble(engine: Engine, config: str, node: Path, name: str, number: int) ->
 class Replica:
     """Serves until the cluster ends it. All methods but `check_health` run from the ASGI lifespan."""
 
-    def __init__(self, rollout: Rollout, home: str, lake: str, config: str, providers: Providers = "auto") -> None:
+    def __init__(
+        self, rollout: Rollout, home: str, lake: str, config: str, providers: Providers, *, load_seconds: float
+    ) -> None:
         self.rollout, self.name, self.config = rollout, uuid.uuid4().hex[:12], config
         self.node = Path(home) / "nodes" / platform.node()
         self.engine = Engine(providers)
         self.drain = NodeDrain(self.node / "log", lake)
         self.service: Service
         self.answers: App
-        self.unusable = ""
-        """Why a version that other replicas serve cannot be served here."""
+        self.stuck = ""
+        """Why this process cannot go on: what it began to load computes for ever."""
+        self.unusable: dict[str, str] = {}
+        """By workload, why a version that other replicas serve cannot be served here."""
+        self._load_seconds = load_seconds
         self._states: dict[str, State] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._rollout_silent = ""
@@ -104,13 +108,16 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raises RuntimeError when this replica should be replaced. No champion at all is nobody's fault."""
-        if self.unusable:
-            raise RuntimeError(self.unusable)
+        if fault := self._fault():
+            raise RuntimeError(fault)
         if self.engine.models and not self.engine.ready:
             raise RuntimeError("A workload that should serve does not.")
         for task in self._tasks:
             if task.done():
                 raise RuntimeError(f"{task.get_name()} has ended.")
+
+    def _fault(self) -> str:
+        return " ".join(filter(None, [self.stuck, *self.unusable.values()]))
 
     async def live(self, receive: Receive, send: Send) -> None:
         """The ASGI lifespan: ready when it serves what the others serve, ended when its log is handed over."""
@@ -119,8 +126,8 @@ class Replica:
         began = time.monotonic()
         while await self._look() and time.monotonic() - began < START_SECONDS:
             await asyncio.sleep(0.1)
-        if self.unusable:
-            await send({"type": "lifespan.startup.failed", "message": self.unusable})
+        if fault := self._fault():
+            await send({"type": "lifespan.startup.failed", "message": fault})
             return
         repeated: dict[str, tuple[Callable[[], Any], float]] = {
             "following": (self._look, LOOK_SECONDS),
@@ -198,9 +205,9 @@ class Replica:
             if state.replaced is not None and state.replaced != model.version:
                 metrics.unloaded(workload, state.replaced)
             metrics.loaded(workload, model.version, model.provider)
-            self.unusable = ""
+            self.unusable.pop(workload, None)
         elif order.proven:
-            self.unusable = f"Other replicas serve it, this one cannot: {state.reason}"
+            self.unusable[workload] = f"Other replicas serve it, this one cannot: {state.reason}"
         self._states[workload] = state
 
     async def _say_alive(self) -> None:
@@ -212,14 +219,32 @@ class Replica:
     async def _take(self, order: Order) -> State:
         desired = order.desired
         folder = Path(desired.folder)
-        if not _is(folder, order.digest):  # another node's path
+        if not holds(folder, order.digest):  # another node's path
             folder = self.node / "bundles" / desired.workload / f"{desired.version}-{order.digest[:16]}"
-            if not _is(folder, order.digest):
+            if not holds(folder, order.digest):
                 files = await self.rollout.files.remote(desired.folder)
-                await asyncio.to_thread(_write, folder, files)
-        state = await asyncio.to_thread(self.engine.take, replace(desired, folder=str(folder)))
+                await asyncio.to_thread(put, folder, files)
+        state = await self._load(replace(desired, folder=str(folder)))
         if state.status == "failed" and folder.is_relative_to(self.node):
             shutil.rmtree(folder, ignore_errors=True)  # the copy may be at fault; the next try fetches it anew
+        return state
+
+    async def _load(self, desired: Desired) -> State:
+        """Into an engine of its own first: what is ready after this replica stopped waiting meets no request."""
+        aside = Engine(self.engine.providers, dict(self.engine.models), dict(self.engine.states))
+        try:
+            state = await asyncio.wait_for(asyncio.to_thread(aside.take, desired), self._load_seconds)
+        except TimeoutError:
+            version = f"Version {desired.version} of {desired.workload}"
+            self.stuck = f"{version} was not loaded after {self._load_seconds:g} s (NORIA_LOAD_SECONDS)."
+            logger.error("%s Nothing ends its thread, so this replica asks to be replaced.", self.stuck)
+            return State(desired.workload, desired.version or 0, "failed", self.stuck, now(), desired.asked)
+        if state.status == "serving":
+            self.engine.models[desired.workload] = aside.models[desired.workload]
+            self.engine.states[desired.workload] = state
+            self.engine.failures.pop(desired.workload, None)
+        else:
+            self.engine.failures[desired.workload] = state
         return state
 
 
@@ -251,17 +276,6 @@ async def _repeat(step: Callable[[], Any], seconds: float) -> None:
             last = str(error)
 
 
-def _is(folder: Path, digest: str) -> bool:
-    """Whether the folder holds the bundle with that manifest; its files are verified when it is loaded."""
-    return digest_of(folder) == digest
-
-
-def digest_of(folder: Path) -> str:
-    """SHA-256 of a bundle's manifest, which holds those of its files; empty when there is none."""
-    path = folder / MANIFEST
-    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
 def _keep(path: Path, key: bytes) -> None:
     """The cluster's key as this node's, aside and renamed; only its owner may read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,16 +283,3 @@ def _keep(path: Path, key: bytes) -> None:
     aside.touch(0o600)
     aside.write_bytes(key)
     aside.replace(path)
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """A bundle's files, aside and renamed; another replica of the node may write the same."""
-    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    for name, content in files.items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).write_bytes(content)
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        aside.rename(folder)
-    except OSError:  # another replica was quicker
-        shutil.rmtree(aside, ignore_errors=True)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from registry.store import Store
 from serving import state
+from serving.copies import digest_of
 from serving.ids import read_key
 from serving.reconcile import Reconciler
-from serving.replica import Order, Orders, digest_of
+from serving.replica import Order, Orders
 from serving.state import Desired, State
 
 SILENT_SECONDS = 15
