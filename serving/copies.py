@@ -6,13 +6,28 @@ which version should serve (`serving.rollout`), bundles that were fetched from M
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 from registry.manifest import MANIFEST
+
+YOUNG_SECONDS = 600
+"""What was written or loaded more recently stays: another replica of the node may have been told otherwise, and be at
+it."""
+
+logger = logging.getLogger(__name__)
+
+
+def copy_of(bundles: Path, workload: str, version: int | None, digest: str) -> Path:
+    """Where the copy of a version lies."""
+    return bundles / workload / f"{version}-{digest[:16]}"
 
 
 def digest_of(folder: Path) -> str:
@@ -26,6 +41,13 @@ def holds(folder: Path, digest: str) -> bool:
     return digest_of(folder) == digest
 
 
+def found(copy: Path, digest: str) -> bool:
+    """Whether there is such a copy; it counts as used now."""
+    with suppress(OSError):
+        os.utime(copy)
+    return holds(copy, digest)
+
+
 def put(folder: Path, files: Mapping[str, bytes]) -> None:
     """A bundle's files, aside and renamed; another replica of the node may write the same."""
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
@@ -37,3 +59,14 @@ def put(folder: Path, files: Mapping[str, bytes]) -> None:
         aside.rename(folder)
     except OSError:  # another replica was quicker
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(bundles: Path, wanted: Collection[Path], young: float = YOUNG_SECONDS) -> None:
+    """Remove copies that are neither wanted nor were used lately, and what a replica that was killed left half."""
+    for copy in bundles.glob("*/*"):
+        with suppress(OSError):  # another replica of the node was quicker
+            if copy in wanted or time.time() - copy.stat().st_mtime <= young:
+                continue
+            aside = copy.rename(copy.with_name(f".gone-{uuid.uuid4().hex}"))
+            shutil.rmtree(aside, ignore_errors=True)
+            logger.info("The copy %s is not needed any more and was removed.", copy)

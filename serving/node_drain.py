@@ -1,4 +1,5 @@
-"""One drain a node: of the replicas that log into a folder, one moves everybody's segments into the lake.
+"""One drain a node: of the replicas that log into a folder, one moves everybody's segments into the lake, and adds up
+the numbers of those that ended.
 
 It holds the folder's lock, which ends with its process; then another one takes over, and adopts what the dead one left
 open. Not here: how a segment goes into the lake exactly once (`serving.drain`).
@@ -9,19 +10,22 @@ from __future__ import annotations
 import fcntl
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from serving.attendance import retire_ended
 from serving.drain import Drain
 
 
 class NodeDrain:
-    """Moves the node's log into the lake. Each replica has one; whoever holds the folder's lock works, for all."""
+    """Moves a node's log into the lake. Each replica has one; whoever holds the folder's lock works, for all."""
 
-    def __init__(self, folder: Path, lake: str) -> None:
-        self.folder, self.lake = folder, lake
+    def __init__(self, node: Path, lake: str) -> None:
+        self.folder, self.lake = node / "log", lake
+        self._numbers = node / "metrics"
         self._drain: Drain | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "drain.lock").open("w")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "drain.lock").open("w")
         self._stepping = threading.Lock()
         """A task that is cancelled leaves its step running in a thread, and `finish` comes beside it."""
 
@@ -32,6 +36,8 @@ class NodeDrain:
                 return False
             assert self._drain is not None
             self._drain.step()
+            with suppress(OSError):  # a full disk: they stay the files that they are
+                retire_ended(self._numbers)
             return True
 
     def finish(self, seconds: float) -> None:

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from noria.runtime import Providers
 from serving.app import App, Receive, Scope, Send
+from serving.attendance import attend
 from serving.config import Config
-from serving.copies import holds, put
+from serving.copies import copy_of, found, holds, put, sweep
 from serving.engine import Engine
 from serving.node_drain import NodeDrain
 from serving.service import Service
@@ -35,6 +36,7 @@ from serving.worker import METRICS_SECONDS, ROTATE_SECONDS, build
 LOOK_SECONDS = 0.5
 """How often the rollout is asked what should serve."""
 DRAIN_SECONDS = 1.0
+TIDY_SECONDS = 60.0
 START_SECONDS = 120
 """How long a starting replica waits to serve all that the others serve."""
 LEAVE_SECONDS = 2
@@ -90,15 +92,18 @@ class Replica:
         self.rollout, self.name, self.config = rollout, uuid.uuid4().hex[:12], config
         self.node = Path(home) / "nodes" / platform.node()
         self.engine = Engine(providers)
-        self.drain = NodeDrain(self.node / "log", lake)
+        self.drain = NodeDrain(self.node, lake)
         self.service: Service
         self.answers: App
+        self._living: IO[bytes]
         self.stuck = ""
         """Why this process cannot go on: what it began to load computes for ever."""
         self.unusable: dict[str, str] = {}
         """By workload, why a version that other replicas serve cannot be served here."""
         self._load_seconds = load_seconds
         self._states: dict[str, State] = {}
+        self._wanted: set[Path] = set()
+        """Copies of what the rollout names."""
         self._tasks: list[asyncio.Task[None]] = []
         self._rollout_silent = ""
 
@@ -133,6 +138,7 @@ class Replica:
             "following": (self._look, LOOK_SECONDS),
             "rotating": (lambda: asyncio.to_thread(self.service.log.rotate), ROTATE_SECONDS),
             "counting": (lambda: asyncio.to_thread(self.service.metrics.dump), METRICS_SECONDS),
+            "tidying": (lambda: asyncio.to_thread(sweep, self.node / "bundles", self._wanted), TIDY_SECONDS),
             "draining": (lambda: asyncio.to_thread(self.drain.step), DRAIN_SECONDS),
         }
         access_log = self.service.guard.access_log if self.service.guard else None
@@ -157,6 +163,7 @@ class Replica:
                 logger.warning("The rollout does not answer yet.")
                 await asyncio.sleep(1)
         _keep(self.node / "id.key", key)
+        self._living = attend(self.node / "metrics", self.name)
         self.service = assemble(self.engine, self.config, self.node, self.name, number)
         self.answers = App(self.service)
 
@@ -170,6 +177,7 @@ class Replica:
         self.service.log.rotate()
         self.service.metrics.dump(ended=True)
         self.service.close()
+        self._living.close()
         self.drain.finish(LAST_DRAIN_SECONDS)
 
     async def _look(self) -> bool:
@@ -183,6 +191,7 @@ class Replica:
             return True
         self._rollout_silent = ""
         more = orders.wait
+        self._wanted = {self._copy(order) for order in orders.orders}
         for order in orders.orders:
             known = self._states.get(order.desired.workload)
             if order.desired.version is None:
@@ -220,14 +229,17 @@ class Replica:
         desired = order.desired
         folder = Path(desired.folder)
         if not holds(folder, order.digest):  # another node's path
-            folder = self.node / "bundles" / desired.workload / f"{desired.version}-{order.digest[:16]}"
-            if not holds(folder, order.digest):
+            folder = self._copy(order)
+            if not found(folder, order.digest):
                 files = await self.rollout.files.remote(desired.folder)
                 await asyncio.to_thread(put, folder, files)
         state = await self._load(replace(desired, folder=str(folder)))
         if state.status == "failed" and folder.is_relative_to(self.node):
             shutil.rmtree(folder, ignore_errors=True)  # the copy may be at fault; the next try fetches it anew
         return state
+
+    def _copy(self, order: Order) -> Path:
+        return copy_of(self.node / "bundles", order.desired.workload, order.desired.version, order.digest)
 
     async def _load(self, desired: Desired) -> State:
         """Into an engine of its own first: what is ready after this replica stopped waiting meets no request."""

@@ -10,6 +10,7 @@ sum names what it holds, so neither a reader nor the next try counts a file twic
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,15 @@ def retire(folder: Path, alive: set[str]) -> None:
 
     One process of a home calls it, and names itself among the alive if it counts too.
     """
-    names = {path.stem: path for path in folder.glob("*.json") if path.stem not in alive and path.stem != RETIRED}
+    fold(folder, {path.stem for path in folder.glob("*.json")} - alive - {RETIRED})
+    for path in folder.glob("*.aside"):
+        if path.stem not in alive:
+            path.unlink(missing_ok=True)
+
+
+def fold(folder: Path, ended: Iterable[str]) -> None:
+    """Add the files of those sources to the sum of the ended ones, and remove them. Raises OSError."""
+    names = {name: folder / f"{name}.json" for name in ended}
     sum_path = folder / f"{RETIRED}.json"
     retired = read(sum_path) or Tally(RETIRED, {}, ended=True)
     new = [tally for name, path in names.items() if name not in retired.folded and (tally := read(path)) is not None]
@@ -107,9 +116,6 @@ def retire(folder: Path, alive: set[str]) -> None:
         write(folder, Tally(RETIRED, retired.numbers, ended=True, folded=folded))
     for path in names.values():
         path.unlink(missing_ok=True)
-    for path in folder.glob("*.aside"):
-        if path.stem not in alive:
-            path.unlink(missing_ok=True)
 
 
 def _forget(numbers: Numbers) -> None:

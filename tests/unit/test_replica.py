@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 
 import onnx
 import pytest
 
+from registry.bundle import write
+from serving import replica as module
 from serving import state
+from serving.attendance import attend
 from serving.config import Config
+from serving.copies import copy_of, digest_of, found, put, sweep
+from serving.metrics import Metrics
+from serving.node_drain import NodeDrain
 from serving.replica import Replica
 from serving.rollout import Rollout
 from serving.state import Desired, State
@@ -55,7 +62,7 @@ def promote(rollout, version, before=None):
     state.write(rollout.folder / "desired", asked)
 
 
-def put(rollout, version):
+def publish(rollout, version):
     path = rollout.folder.parent / "models" / str(version) / "model.onnx"
     path.parent.mkdir(parents=True)
     onnx.save(identity_graph("FP32", (-1, 3)), path)
@@ -75,8 +82,8 @@ def served(replicas):
 
 def test_a_version_that_hangs_costs_one_replica_and_later_ones_are_followed(rollout, tmp_path):
     for version in (1, 3):
-        put(rollout, version)
-    stuck = put(rollout, 2)
+        publish(rollout, version)
+    stuck = publish(rollout, 2)
     content = stuck.read_bytes()
     stuck.unlink()
     os.mkfifo(stuck)  # whoever reads it waits until somebody writes
@@ -104,3 +111,61 @@ def test_a_version_that_hangs_costs_one_replica_and_later_ones_are_followed(roll
 
     replicas = asyncio.run(live())  # returns when that thread has ended
     assert served(replicas) == [3, 3]
+
+
+def test_copies_that_nobody_names_go_and_those_in_use_stay(rollout, tmp_path, make_contents, monkeypatch):
+    monkeypatch.setattr(module, "TIDY_SECONDS", 0.05)
+    fetched = rollout.bundles / "trips" / "3"
+    write(fetched, make_contents())
+    state.write(rollout.folder / "desired", Desired("trips", 3, str(fetched), "asked"))
+
+    async def live():
+        async with running(rollout) as replica:
+            copies = replica.node / "bundles"
+            wanted = copy_of(copies, "trips", 3, digest_of(fetched))
+            old, left = wanted.with_name("2-0123"), wanted.with_name(f".3-4567-{uuid.uuid4().hex}")
+            young = wanted.with_name("1-89ab")
+            for folder in (wanted, old, left, young):
+                put(folder, {"model.onnx": b"a graph"})
+                os.utime(folder, (1, 1))
+            assert not found(young, "another digest")  # looked for just now, by another replica
+            await until(lambda: not old.exists() and not left.exists())
+            assert sorted(path.name for path in wanted.parent.iterdir()) == sorted([wanted.name, young.name])
+            sweep(copies, {wanted}, 0)
+            assert [path.name for path in wanted.parent.iterdir()] == [wanted.name]
+
+    asyncio.run(live())
+
+
+def shown(metrics):
+    """How many requests a scrape shows, over all replicas of the node."""
+    lines = metrics.page()[0].decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("noria_requests_total{"))
+
+
+def test_the_numbers_of_replicas_that_ended_become_one_file(tmp_path):
+    folder, counted, locks = tmp_path / "metrics", [], []
+    for source in ("a", "b", "c"):
+        locks.append(attend(folder, source))
+        counted.append(Metrics(folder, source))
+        counted[-1].answered("infer", "trips", 1, 200, 0.001, 1)
+        counted[-1].dump()
+    (folder / "c.aside").write_bytes(b"half a fi")
+    node = NodeDrain(tmp_path, str(tmp_path / "lake"))
+    try:
+        assert node.step()
+        assert (
+            sorted(path.suffix for path in folder.iterdir()) == [".alive", ".alive", ".alive", ".aside"] + [".json"] * 3
+        )
+        for lock in locks[1:]:  # as when a process is killed
+            lock.close()
+        for _ in range(3):
+            assert node.step()
+            assert sorted(path.name for path in folder.iterdir()) == ["a.alive", "a.json", "retired.json"]
+            assert shown(counted[0]) == 3
+        with attend(folder, "d"):
+            assert node.step()
+            assert (folder / "d.alive").exists()
+    finally:
+        node.finish(0)
+        locks[0].close()

@@ -176,7 +176,7 @@ def test_two_drains_of_one_log_write_its_rows_once(place, numbers):
 
 def test_a_node_is_drained_by_one_thread_at_a_time(place, numbers):
     """What a replica does at its end, while the thread of a cancelled step goes on."""
-    log, node, ids = Log(place[0], "one"), NodeDrain(*place), []
+    log, node, ids = Log(place[0], "one"), NodeDrain(place[0].parent, place[1]), []
     for _ in range(5):
         for _ in range(3):
             ids += put(log, numbers, floats(2))
