@@ -159,8 +159,8 @@ class Replica:
             try:
                 key, number = await self.rollout.join.remote()
                 break
-            except Exception:  # whatever Ray raises while the rollout starts
-                logger.warning("The rollout does not answer yet.")
+            except Exception as error:  # whatever Ray raises while the rollout starts, or the lake does not answer
+                logger.warning("The rollout does not answer yet: %s", " ".join(str(error).split())[-300:])
                 await asyncio.sleep(1)
         _keep(self.node / "id.key", key)
         self._living = attend(self.node / "metrics", self.name)

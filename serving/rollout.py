@@ -7,6 +7,7 @@ from here, so that only this process speaks with MLflow. Not here: Ray (`serving
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -18,9 +19,9 @@ from pathlib import Path
 from registry.store import Store
 from serving import state
 from serving.copies import digest_of
-from serving.ids import read_key
 from serving.reconcile import Reconciler
 from serving.replica import Order, Orders
+from serving.shared_key import shared_key
 from serving.state import Desired, State
 
 SILENT_SECONDS = 15
@@ -49,8 +50,7 @@ class Rollout:
         # Replicas say again what they serve; a copy that was damaged while nothing ran is found by the first.
         shutil.rmtree(self.folder / "state", ignore_errors=True)
         self.reconciler = Reconciler(Store(mlflow_uri), self.bundles, self.folder)
-        # One key for all replicas, where it outlives this process's node if anything does.
-        self.key = read_key(self.folder if "://" in lake else Path(lake) / ".cluster")
+        self._lake = lake
         self._number = int.from_bytes(os.urandom(2))
         self.polled = False
         """Whether the aliases were asked for once, with or without an answer."""
@@ -67,9 +67,13 @@ class Rollout:
             raise RuntimeError("The thread that polls the aliases has ended.")
 
     async def join(self) -> tuple[bytes, int]:
-        """For a new replica: the key of the prediction ids, and a number that no other replica has now."""
+        """For a new replica: the key of the prediction ids, and a number that no other replica has now.
+
+        Raises what the lake raises when it does not answer; the replica asks again.
+        """
         self._number += 1
-        return self.key, self._number
+        number = self._number
+        return await asyncio.to_thread(shared_key, self._lake, self.folder), number
 
     async def look(self, replica: str, said: tuple[State, ...]) -> Orders:
         """What `replica` should serve, given what it says of its earlier orders."""
