@@ -243,7 +243,7 @@ class Replica:
 
     async def _load(self, desired: Desired) -> State:
         """Into an engine of its own first: what is ready after this replica stopped waiting meets no request."""
-        aside = Engine(self.engine.providers, dict(self.engine.models), dict(self.engine.states))
+        aside = replace(self.engine, models=dict(self.engine.models), states=dict(self.engine.states), failures={})
         try:
             state = await asyncio.wait_for(asyncio.to_thread(aside.take, desired), self._load_seconds)
         except TimeoutError:

@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,13 @@ class Rollout:
         self._number = int.from_bytes(os.urandom(2))
         self.polled = False
         """Whether the aliases were asked for once, with or without an answer."""
+        # Kept here too: each replica of a cluster looks twice a second.
+        self._wanted: dict[str, Desired] = {}
+        self._digests: dict[str, str] = {}
+        """Of the bundles that these name, by folder."""
+        self._seen: object = None
+        self._reached: dict[str, State] = {}
+        self._failed = state.read(self.folder / "failed", State)
         self._trying: dict[str, Trial] = {}
         """Who tries a version first, by the reconciler's request."""
         self._load_seconds = load_seconds
@@ -77,7 +85,7 @@ class Rollout:
 
     async def look(self, replica: str, said: tuple[State, ...]) -> Orders:
         """What `replica` should serve, given what it says of its earlier orders."""
-        wanted = state.read(self.folder / "desired", Desired)
+        wanted = self._desired()
         for one in said:
             if one.workload in wanted and wanted[one.workload].asked == one.asked:
                 self._hear(one)
@@ -98,33 +106,44 @@ class Rollout:
 
     def _hear(self, one: State) -> None:
         """What came of a request; the first word counts."""
-        known = (state.read(self.folder / name, State).get(one.workload) for name in ("state", "failed"))
-        if any(before is not None and before.asked == one.asked for before in known):
+        if _has(self._reached, one) or _has(self._failed, one):
             return
         if one.status == "serving":
             state.write(self.folder / "state", one)
+            self._reached[one.workload] = one
             state.remove(self.folder / "failed", one.workload)
+            self._failed.pop(one.workload, None)
         else:
             state.write(self.folder / "failed", one)
+            self._failed[one.workload] = one
 
     def _order(self, replica: str, desired: Desired) -> Order | None:
         """What this replica should serve of a workload; None: nothing yet, another one tries its first version."""
         if desired.version is None:
             return Order(desired)
-        if self._is(desired, "state"):
+        if _has(self._reached, desired):
             self._trying.pop(desired.asked, None)
-            return Order(desired, digest_of(Path(desired.folder)), proven=True)
-        if not self._is(desired, "failed") and self._first(replica, desired):
-            return Order(desired, digest_of(Path(desired.folder)))
+            return Order(desired, self._digest(desired.folder), proven=True)
+        if not _has(self._failed, desired) and self._first(replica, desired):
+            return Order(desired, self._digest(desired.folder))
         if desired.fallback_version is None:
             return None
         asked = f"before-{desired.asked}"
         before = Desired(desired.workload, desired.fallback_version, desired.fallback_folder, asked)
-        return Order(before, digest_of(Path(before.folder)), proven=True)
+        return Order(before, self._digest(before.folder), proven=True)
 
-    def _is(self, desired: Desired, folder: str) -> bool:
-        found = state.read(self.folder / folder, State).get(desired.workload)
-        return found is not None and found.asked == desired.asked
+    def _desired(self) -> dict[str, Desired]:
+        """What the reconciler wants, read when it changed."""
+        mark = state.signature(self.folder / "desired")
+        if mark != self._seen:
+            self._wanted, self._digests = state.read(self.folder / "desired", Desired), {}
+            self._seen = mark
+        return self._wanted
+
+    def _digest(self, folder: str) -> str:
+        found = self._digests.get(folder) or digest_of(Path(folder))
+        self._digests[folder] = found
+        return found
 
     def _first(self, replica: str, desired: Desired) -> bool:
         """Whether this replica is the one that tries; a version that takes too long has failed."""
@@ -159,3 +178,9 @@ class Rollout:
                 last = str(error)
             self.polled = True
             time.sleep(self._poll_seconds)
+
+
+def _has(states: Mapping[str, State], of: Desired | State) -> bool:
+    """Whether they tell what came of that request."""
+    found = states.get(of.workload)
+    return found is not None and found.asked == of.asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,24 @@ def test_a_replica_that_was_told_to_end_says_nothing_about_the_version_that_it_t
     assert not refused(rollout)
     assert hear(rollout, "four", 2, "serving") == [2]
     assert orders(rollout, "five") == [2]
+
+
+def test_looks_read_nothing_while_nothing_changes(rollout, monkeypatch):
+    assert orders(rollout, "one") == [2]
+    reads, read = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), read(path))[1])
+    for _ in range(3):
+        assert (orders(rollout, "one"), orders(rollout, "two")) == ([2], [1])
+    assert hear(rollout, "one", 2, "serving") == orders(rollout, "two") == [2]
+    assert not reads
+    state.write(rollout.folder / "desired", desired(3, 2))
+    assert (orders(rollout, "one"), orders(rollout, "two")) == ([3], [2])
+    assert reads
+
+
+def test_what_was_refused_stays_so_when_the_rollout_starts_anew(rollout, tmp_path):
+    assert orders(rollout, "one") == [2]
+    assert hear(rollout, "one", 2, "failed", "Its scores are off.") == [1]
+    again = started(tmp_path)
+    assert orders(again, "one") == orders(again, "two") == [1]
+    assert refused(again) == {2: "Its scores are off."}
