@@ -129,9 +129,10 @@ class Replica:
         await receive()
         await self._join()
         began = time.monotonic()
-        while await self._look() and time.monotonic() - began < START_SECONDS:
+        while await self._look() and not self._fault() and time.monotonic() - began < START_SECONDS:
             await asyncio.sleep(0.1)
         if fault := self._fault():
+            await asyncio.to_thread(self._end)
             await send({"type": "lifespan.startup.failed", "message": fault})
             return
         repeated: dict[str, tuple[Callable[[], Any], float]] = {

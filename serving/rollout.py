@@ -53,8 +53,6 @@ class Rollout:
         self.reconciler = Reconciler(Store(mlflow_uri), self.bundles, self.folder)
         self._lake = lake
         self._number = int.from_bytes(os.urandom(2))
-        self.polled = False
-        """Whether the aliases were asked for once, with or without an answer."""
         # Kept here too: each replica of a cluster looks twice a second.
         self._wanted: dict[str, Desired] = {}
         self._digests: dict[str, str] = {}
@@ -62,6 +60,9 @@ class Rollout:
         self._seen: object = None
         self._reached: dict[str, State] = {}
         self._failed = state.read(self.folder / "failed", State)
+        # What an earlier process asked for is served at once: MLflow may take minutes not to answer.
+        self.polled = any(desired.version is not None for desired in self._desired().values())
+        """Whether the aliases were asked for once, with or without an answer."""
         self._trying: dict[str, Trial] = {}
         """Who tries a version first, by the reconciler's request."""
         self._load_seconds = load_seconds

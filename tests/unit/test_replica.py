@@ -37,13 +37,17 @@ def rollout(tmp_path):
     return made
 
 
-@asynccontextmanager
-async def running(rollout):
-    """A replica that answers, by its lifespan."""
+def made(rollout):
     names = ("join", "look", "leave", "files")
     handle = SimpleNamespace(**{name: SimpleNamespace(remote=getattr(rollout, name)) for name in names})
     home = rollout.folder.parent
-    replica = Replica(handle, str(home), str(home / "lake"), Config().to_json(), "cpu", load_seconds=LOAD_SECONDS)
+    return Replica(handle, str(home), str(home / "lake"), Config().to_json(), "cpu", load_seconds=LOAD_SECONDS)
+
+
+@asynccontextmanager
+async def running(rollout):
+    """A replica that answers, by its lifespan."""
+    replica = made(rollout)
     orders, said = asyncio.Queue(), asyncio.Queue()
     life = asyncio.create_task(replica.live(orders.get, said.put))
     await orders.put({"type": "lifespan.startup"})
@@ -69,6 +73,20 @@ def publish(rollout, version):
     return path
 
 
+def block(path, aside):
+    """Whoever reads the file waits, until what this returns is called."""
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+
+    def release():
+        path.rename(aside)
+        path.write_bytes(content)
+        aside.write_bytes(content)
+
+    return release
+
+
 async def until(condition, seconds=30.0):
     began = time.monotonic()
     while not condition():
@@ -83,10 +101,7 @@ def served(replicas):
 def test_a_version_that_hangs_costs_one_replica_and_later_ones_are_followed(rollout, tmp_path):
     for version in (1, 3):
         publish(rollout, version)
-    stuck = publish(rollout, 2)
-    content = stuck.read_bytes()
-    stuck.unlink()
-    os.mkfifo(stuck)  # whoever reads it waits until somebody writes
+    release = block(publish(rollout, 2), tmp_path / "pipe")
 
     async def live():
         promote(rollout, 1)
@@ -104,13 +119,29 @@ def test_a_version_that_hangs_costs_one_replica_and_later_ones_are_followed(roll
             await until(lambda: served(replicas) == [3, 3])
             with pytest.raises(RuntimeError, match=reason):
                 await tried.check_health()  # its thread still waits
-            stuck.rename(tmp_path / "pipe")
-            stuck.write_bytes(content)
-            (tmp_path / "pipe").write_bytes(content)
+            release()
         return replicas
 
     replicas = asyncio.run(live())  # returns when that thread has ended
     assert served(replicas) == [3, 3]
+
+
+def test_a_replica_that_cannot_start_says_so_at_once(rollout, tmp_path):
+    release = block(publish(rollout, 1), tmp_path / "pipe")
+    promote(rollout, 1)
+
+    async def live():
+        orders, said = asyncio.Queue(), asyncio.Queue()
+        await orders.put({"type": "lifespan.startup"})
+        try:
+            await asyncio.wait_for(made(rollout).live(orders.get, said.put), 60)
+        finally:
+            release()
+        return await said.get()
+
+    told = asyncio.run(live())
+    assert told["type"] == "lifespan.startup.failed"
+    assert "Version 1 of same was not loaded" in told["message"]
 
 
 def test_copies_that_nobody_names_go_and_those_in_use_stay(rollout, tmp_path, make_contents, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from pathlib import Path
 
@@ -95,3 +96,13 @@ def test_what_was_refused_stays_so_when_the_rollout_starts_anew(rollout, tmp_pat
     again = started(tmp_path)
     assert orders(again, "one") == orders(again, "two") == [1]
     assert refused(again) == {2: "Its scores are off."}
+
+
+def test_replicas_wait_for_the_aliases_only_where_nothing_is_known_yet(tmp_path):
+    empty, restored = tmp_path / "empty", tmp_path / "restored"
+    state.write(restored / "rollout" / "desired", desired(1))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # an MLflow that takes its time
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for home, waits in ((empty, True), (restored, False)):
+            made = Rollout(address, str(home), str(home / "lake"), poll_seconds=3600, load_seconds=60)
+            assert asyncio.run(made.look("one", ())).wait == waits
