@@ -68,7 +68,7 @@ FAMILIES = (
     Family("noria_queue_duration_seconds", "histogram", "Time that a request waited for its run.", ("workload",),
            SHORT_SECONDS),
     Family("noria_queue_requests", "gauge", "Requests that wait for a run.", ("workload",)),
-    Family("noria_connections", "gauge", "Open client connections.", ("worker",)),
+    Family("noria_connections", "gauge", "Open client connections of HTTP; gRPC tells nobody of its own.", ("worker",)),
     Family("noria_model_info", "info", "A version that answers, and the provider that runs it.",
            ("workload", "version", "provider"), highest=True),
     Family("noria_build_info", "info", "The release that runs.", ("release",), highest=True),

@@ -1,13 +1,13 @@
 """What a worker's connections hold: bodies that are not answered, and answers that are not read.
 
-Not here: what happens where it is too much (`serving.http`).
+Not here: gRPC's calls (`serving.rpc_calls`), what happens where it is too much (`serving.http`).
 """
 
 from __future__ import annotations
 
 
 class Held:
-    """All of it."""
+    """All of it, HTTP's and gRPC's."""
 
     size = 0
     """Bytes."""

@@ -8,78 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import version as installed
 from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
-from serving.audit import Access
 from serving.batch import Call
-from serving.messages import MESSAGES, METHODS, bounded
+from serving.holding import Held
+from serving.messages import METHODS
 from serving.model import Model
 from serving.operate import Operation, Operator, operate
 from serving.routes import is_version
+from serving.rpc_calls import Calls
 from serving.rpc_drain import leave
+from serving.rpc_handler import SERVICE, Caller, Handler
 from serving.rpc_infer import decode_infer
-from serving.service import Service, deadline
+from serving.service import Service
 from serving.tensors import EXTENSIONS
-from serving.wire import Answer, Refusal
+from serving.wire import Refusal
 
-SERVICE = "inference.GRPCInferenceService"
-CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-"""What a refusal's HTTP status is called here; any other is INTERNAL."""
-FAULT = "The server has a fault; its log tells more."
 ONE_REPOSITORY = "There is one repository here; leave 'repository_name' empty."
-TIMEOUT = "x-request-timeout-ms"
-BESIDE = 64
-"""Calls that may be under way beside those that wait for a model."""
-
-logger = logging.getLogger(__name__)
-
-
-class Caller:
-    """Who makes a call, and how."""
-
-    __slots__ = ("context", "headers", "key", "path", "version")
-
-    def __init__(self, path: str, context: Any) -> None:
-        """`path` is `/service/Method`."""
-        self.path, self.context, self.key = path, context, ""
-        self.version: int | None = None  # of the model that was asked
-        self.headers: dict[str, str] = dict(context.invocation_metadata() or ())
-
-    def header(self, name: str) -> bytes | None:
-        """A field of the metadata."""
-        value = self.headers.get(name)
-        return None if value is None else value.encode()
-
-    def address(self) -> str:
-        """The IP address of `ipv4:127.0.0.1:5000` or `ipv6:[::1]:5000`, percent-encoded as gRPC does."""
-        peer: str = self.context.peer()
-        return peer.partition(":")[2].rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
-
-    def deadline(self) -> float | None:
-        """`time.perf_counter()` after which nobody wants the answer: gRPC's deadline or the header's, the earlier."""
-        remaining, timeout = self.context.time_remaining(), self.header(TIMEOUT)
-        ends = [] if remaining is None else [time.perf_counter() + remaining]
-        if timeout is not None:
-            ends.append(deadline(timeout))
-        return min(ends, default=None)
+STREAMS = 256
+"""Calls of one connection at a time; a client lets more wait."""
 
 
 class Methods:
@@ -131,6 +83,7 @@ class Methods:
             _version(request.model_version, request.model_name), caller.deadline(),
             traceparent=caller.header("traceparent") or b"",
         )  # fmt: skip
+        caller.call = call
         answer = await self.service.batcher.ask(call)
         model = self.service.engine.models.get(request.model_name)
         caller.version = model.version if model else None
@@ -178,83 +131,61 @@ def _named(request: Any) -> str:
     return str(request.model_name or request.repository_name)
 
 
-def _handler(service: Service, name: str, method: Callable[[Any, Caller], Awaitable[Any]], gate: asyncio.Event) -> Any:
-    """A method from bytes to bytes: admission, parsing, and refusals as the protocol's codes."""
-    path = f"/{SERVICE}/{name}"
-    request_type, response_type = (MESSAGES[one] for one in METHODS[name])
-
-    async def handle(body: bytes, context: Any) -> bytes:
-        began, caller = time.perf_counter(), Caller(path, context)
-        status, code, sentence, answer = 500, grpc.StatusCode.INTERNAL, FAULT, Answer(500, b"")
-        try:
-            if service.guard is not None:
-                caller.key = service.admit_call(path, caller.header("authorization"), caller.address())
-            found = await method(request_type.FromString(bounded(body)), caller)
-            answer = found if isinstance(found, Answer) else Answer(200, response_type(**found).SerializeToString())
-            status = 200
-        except Refusal as refusal:
-            status, sentence = refusal.status, refusal.message
-            code = CODES.get(status, grpc.StatusCode.INTERNAL)
-        except DecodeError:
-            status, code, sentence = 400, grpc.StatusCode.INVALID_ARGUMENT, f"The body is not a {METHODS[name][0]}."
-        except Exception:
-            logger.exception("%s failed", path)
-        if name != "ModelInfer":  # the batcher counts these
-            service.metrics.answered("page", "", 0, status, time.perf_counter() - began)
-        if service.guard is not None and service.guard.access_log is not None:
-            received, sent, ms = len(body), len(answer.body), (time.perf_counter() - began) * 1000
-            service.guard.access_log.add(Access(
-                time.time(), caller.headers.get("x-request-id", ""), caller.address(), caller.key, "POST", path, status,
-                received, sent, ms, answer.rows, caller.version,
-            ))  # fmt: skip
-        if not gate.is_set():
-            await gate.wait()
-        if status == 200:
-            return answer.body
-        # Not `abort`: the call would keep what that raises, which keeps this frame and its message, and so the call.
-        context.set_code(code)
-        context.set_details(sentence[:600].encode("utf-8", "replace").decode())
-        return b""
-
-    return grpc.unary_unary_rpc_method_handler(handle)
-
-
 class Listening:
     """A server that listens."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, gate: asyncio.Event) -> None:
-        self.server, self.port, self._gate = server, port, gate
+    def __init__(self, server: grpc.aio.Server, port: int, gate: asyncio.Event, watch: asyncio.Future[Any]) -> None:
+        self.server, self.port, self._gate, self._watch = server, port, gate, watch
 
     async def stop(self, grace: float) -> None:
         """Let the clients go and end, within so many seconds; what they ask is answered."""
         await leave(self.port, self._gate, grace / 2)
         await self.server.stop(grace / 2)
+        self._watch.cancel()
 
 
-async def start(service: Service, host: str, port: int) -> Listening:
+async def start(service: Service, host: str, port: int, held: Held) -> Listening:
     """Listen for gRPC in the running loop. End it with `await listening.stop(grace)`.
 
-    Several workers may listen on the same port: the system spreads connections over them.
+    Several workers may listen on the same port: the system spreads connections over them. `held` is what they hold, and
+    HTTP's.
 
     Raises:
         OSError: the port is taken.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_noteworthy)
     limits = service.limits
     server = grpc.aio.server(
-        maximum_concurrent_rpcs=limits.queue + BESIDE,
         options=[
             ("grpc.so_reuseport", 1),
             ("grpc.max_receive_message_length", limits.body_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", STREAMS),
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.max_connection_idle_ms", _ms(limits.idle_seconds)),
+            ("grpc.server_handshake_timeout_ms", _ms(limits.header_seconds)),
         ],
     )
-    methods, gate = Methods(service), asyncio.Event()
+    methods, gate, calls = Methods(service), asyncio.Event(), Calls(limits, held)
     gate.set()
-    handlers = {name: _handler(service, name, getattr(methods, name), gate) for name in METHODS}
+    handlers = {
+        name: grpc.stream_unary_rpc_method_handler(Handler(service, name, getattr(methods, name), calls, gate).handle)
+        for name in METHODS
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
         bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError as error:
         raise OSError(f"gRPC cannot listen on {host}:{port}: {error}") from None
     await server.start()
-    return Listening(server, bound, gate)
+    return Listening(server, bound, gate, asyncio.gather(calls.watch(), calls.let_go(bound)))
+
+
+def _noteworthy(record: logging.LogRecord) -> bool:
+    """Not that a client left before it had its answer: grpc writes a traceback for each, and anybody may leave."""
+    return not record.getMessage().startswith("ExecuteBatchError")
+
+
+def _ms(seconds: float) -> int:
+    """For grpc, whose numbers have 32 bits."""
+    return min(int(seconds * 1000), 2**31 - 1)

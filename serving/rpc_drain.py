@@ -3,8 +3,8 @@
 grpc's own shutdown cancels what clients send before they hear of it. So this worker stops listening, tells each client
 with a frame GOAWAY of HTTP/2 (RFC 9113, section 6.8: whatever it still sends is answered), and waits until it has left;
 a client then connects anew, to another worker. grpc has no call for that frame, so it is written to the socket while
-answers are held back and nothing else is on its way. Linux only; elsewhere grpc's shutdown is all there is. Not here:
-calls (`serving.rpc`).
+answers are held back and nothing else is on its way. A client that takes nothing is hung up on in the same way: grpc
+has no call for that, either. Linux only; elsewhere grpc's shutdown is all there is. Not here: calls (`serving.rpc`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ GOAWAY = struct.pack(">I", 8)[1:] + bytes((7, 0)) + struct.pack(">III", 0, 2**31
 LOOK_SECONDS = 0.01
 QUIET_SECONDS = 0.5
 """How long answers are held back at most, for the connections that have something on its way."""
+INTERNET = (socket.AF_INET, socket.AF_INET6)
 ESTABLISHED, LISTENING = 1, 10
 """States of a socket, in the first byte of `struct tcp_info`."""
 WAITING_IN_TCP_INFO = slice(24, 28)
@@ -35,6 +36,8 @@ WAITING_IN_TCP_INFO = slice(24, 28)
 CONFIRMED_IN_TCP_INFO = slice(120, 128)
 """And that of a connection the number of bytes that the other side has confirmed."""
 TCP_INFO_BYTES = 128
+MAPPED = "::ffff:"
+"""Before the address of a client of IPv4 that came to a socket of IPv6."""
 SETTINGS_BYTES = 9
 """Of the smallest frame SETTINGS, which begins a connection."""
 
@@ -94,6 +97,28 @@ async def _tell(port: int, gate: asyncio.Event) -> None:
         logger.warning("%d gRPC connections have long answers on their way and were not told to leave", len(left))
 
 
+def hang_up(port: int, peers: set[str]) -> None:
+    """End this process's connections of a port to these clients, each as gRPC names it: `ipv4:127.0.0.1:5000`.
+
+    For a thread: it looks through all open files.
+    """
+    if sys.platform != "linux":
+        return
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since, or no connection
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(path.name))) as one:
+                if one.family in INTERNET and _peers(one) & peers and one.getsockname()[1] == port:
+                    one.shutdown(socket.SHUT_RDWR)
+
+
+def _peers(connection: socket.socket) -> set[str]:
+    """What gRPC may call a client."""
+    host, number, *_ = connection.getpeername()
+    return {f"ipv4:{host.removeprefix(MAPPED)}:{number}", f"ipv6:%5B{host}%5D:{number}"}
+
+
 def _heard(connection: socket.socket) -> bool:
     """Whether the other side has what begins a connection: no frame may come before it."""
     try:
@@ -132,7 +157,7 @@ def _sockets(port: int, state: int) -> Iterator[list[socket.socket]]:
 
 def _is(one: socket.socket, port: int, state: int) -> bool:
     with contextlib.suppress(OSError):
-        internet = one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM
+        internet = one.family in INTERNET and one.type == socket.SOCK_STREAM
         return internet and one.getsockname()[1] == port and _info(one)[0] == state
     return False
 

@@ -123,7 +123,8 @@ class Server(uvicorn.Server):
         """Begin to accept, and say so."""
         if self.grpc is not None and sockets:
             rpc = importlib.import_module("serving.rpc")  # 25 MB that a server without the port does without
-            self._rpc = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc)
+            kind: Any = self.config.http_protocol_class
+            self._rpc = await rpc.start(self.service, sockets[0].getsockname()[0], self.grpc, kind.held)
         await super().startup(sockets)
         self.tell(accepting=True)
 
@@ -241,7 +242,7 @@ def main() -> None:
     parent = Parent(given.report)
     engine = Engine(given.providers)
     service = build(engine, Config.from_json(given.config), given.folder, given.source, given.number)
-    service.limits = _affordable(service.limits)
+    service.limits = _affordable(service.limits, 1 if given.grpc is None else 2)
     config = uvicorn.Config(
         App(service), http=protocol(service), ws="none", lifespan="off", access_log=False,
         log_config=None, server_header=False, timeout_graceful_shutdown=GRACE_SECONDS,
@@ -263,13 +264,15 @@ def main() -> None:
         runner.run(run(server, listener, service, given.folder))
 
 
-def _affordable(limits: Limits) -> Limits:
-    """As many connections as the system gives this process files, when it asks for all that it may have."""
+def _affordable(limits: Limits, ports: int) -> Limits:
+    """As many connections to each port as the system gives this process files, when it asks for all that it may
+    have."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.connections + OTHER_FILES
+    wanted = limits.connections * ports + OTHER_FILES
     if most != resource.RLIM_INFINITY and wanted > most:
-        logger.warning("The system allows %d open files, so there can be %d connections.", most, most - OTHER_FILES)
-        limits, wanted = replace(limits, connections=max(1, most - OTHER_FILES)), most
+        afforded = max(1, (most - OTHER_FILES) // ports)
+        logger.warning("The system allows %d open files, so there can be %d connections to a port.", most, afforded)
+        limits, wanted = replace(limits, connections=afforded), most
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
     return limits
 

@@ -22,6 +22,7 @@ from benchmarks.conformance import about, repository, requests, rpc, suite, valu
 from serving.app import App
 from serving.config import Config
 from serving.engine import Engine
+from serving.holding import Held
 from serving.http import protocol
 from serving.messages import MESSAGES, METHODS
 from serving.rpc import start
@@ -47,7 +48,7 @@ class Running:
             App(self.service), http=protocol(self.service), ws="none", lifespan="off", log_config=None, access_log=False
         )
         self.server = uvicorn.Server(config)
-        rpc_server = await start(self.service, "127.0.0.1", 0)
+        rpc_server = await start(self.service, "127.0.0.1", 0, Held())
         self.grpc = f"127.0.0.1:{rpc_server.port}"
         self.started.set()
         await self.server.serve(sockets=[self.listener])

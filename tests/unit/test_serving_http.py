@@ -31,6 +31,7 @@ from serving.config import Config
 from serving.connections import sweep
 from serving.engine import Engine
 from serving.guard import protection
+from serving.holding import Held
 from serving.http import protocol
 from serving.ids import Ids
 from serving.limits import Limits
@@ -614,7 +615,7 @@ def test_a_grpc_call_has_its_line_too(noting):
              ("ModelInfer", b"\xff", (key,)), ("ModelReady", b"\n\x06nobody", (key,))]  # fmt: skip
 
     async def ask():
-        listening = await rpc.start(noting.service, "127.0.0.1", 0)
+        listening = await rpc.start(noting.service, "127.0.0.1", 0, Held())
         async with grpc.aio.insecure_channel(f"127.0.0.1:{listening.port}") as channel:
             for method, body, metadata in calls:
                 with contextlib.suppress(grpc.aio.AioRpcError):
