@@ -92,6 +92,8 @@ class Failure:
     """A sentence."""
     workload: str = ""
     """Whose version it was loading; empty: none, so no version is to blame."""
+    said: bool = False
+    """The worker itself found the version not to load. Without it something else may have ended it, or held it up."""
 
 
 class Worker:
@@ -241,7 +243,7 @@ class Worker:
         if "loading" in said:
             self._loading, self._since = (said["loading"], said["version"]), time.monotonic()
         elif "failed" in said:
-            self.failure = Failure(said["reason"], said["failed"])
+            self.failure = Failure(said["reason"], said["failed"], said=True)
         elif "loaded" in said:
             self.phase, self._loading = "loaded", None
             self.seconds, self.memory_mb = time.monotonic() - self._asked, said["memory_mb"]
