@@ -17,12 +17,15 @@ from functools import partial
 
 from serving.generation import Generation, prune
 from serving.metrics import Metrics
-from serving.present import TRIES, Present
+from serving.present import TRIES, Present, loadable
 from serving.state import Desired
 from serving.supervise import Failure, Plan, Worker
 
 PATIENCE_SECONDS = 3
 """How long a change has the machine for itself before the next one is tried beside it."""
+AWAY_SECONDS = 5
+"""How long a change waits for files that are not there of models that answer: they may be back soon, or about to be
+removed all together."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class Candidate:
     """The generation that it was made from."""
     members: list[Worker]
     began: float
+    lost: Sequence[Desired]
+    """Models that answer, and whose files were not there to be loaded."""
 
 
 class Fleet:
@@ -50,6 +55,8 @@ class Fleet:
         self.present = Present(plan, count)
         self.ledger, self.pool, self.backlog = self.present.ledger, self.present.pool, self.present.backlog
         self._candidates: list[Candidate] = []
+        self._away: float | None = None
+        """Since when a change waits for files that are not there."""
 
     @property
     def current(self) -> Generation:
@@ -118,15 +125,21 @@ class Fleet:
             return
         busy = {change.workload for candidate in self._candidates for change in candidate.changes}
         changes = self.backlog.next(self.current, busy)
-        if changes:
+        if not changes or not loadable(self.current, {change.workload for change in changes})[1]:
+            self._away = None
+        else:
+            self._away = self._away or clock
+        if changes and (self._away is None or clock - self._away >= AWAY_SECONDS):
             self._try(changes)
 
     def _try(self, changes: Sequence[Desired]) -> None:
         generation, number = self.current, self.present.next_number()
         for change in changes:
             generation = generation.changed(number, change.workload, None if change.version is None else change)
+        generation, lost = loadable(generation, {change.workload for change in changes})
         members = [self.present.start(generation) for _ in range(self.count)]
-        self._candidates.append(Candidate(generation, changes, self.current.number, members, time.monotonic()))
+        candidate = Candidate(generation, changes, self.current.number, members, time.monotonic(), lost)
+        self._candidates.append(candidate)
 
     def _judge(self, candidate: Candidate) -> None:
         """Promote it, refuse it, or let it go on loading."""
@@ -152,6 +165,7 @@ class Fleet:
             self.metrics.swapped(change.workload, "serving", time.monotonic() - candidate.began)
             if change.version is None:
                 self.present.note(partial(self.ledger.gone, change.workload))
+        self.present.give_up(candidate.lost)
         self.present.follow(candidate.generation, candidate.members)
 
     def _refuse(self, changes: Sequence[Desired], failure: Failure) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from serving.backlog import Backlog
 from serving.everywhere import Everywhere
 from serving.generation import Generation, numbers, write
 from serving.ledger import Ledger
 from serving.pool import Pool
+from serving.state import Desired
 from serving.supervise import Failure, Plan, Worker
 
 STEADY_SECONDS = 5
@@ -118,6 +121,11 @@ class Present:
     def _fill(self) -> None:
         """Start the workers that lack. All are of one generation in the end: those that answer with an earlier one do
         so until the new ones do."""
+        generation, lost = loadable(self.generation)
+        if lost:
+            self.generation = replace(generation, number=self.next_number())
+            self._end_loading()
+            self.give_up(lost)
         self.old += [worker for worker in self.members if worker.generation != self.generation.number]
         self.members = [worker for worker in self.members if worker.generation == self.generation.number]
         while len(self.members) < self.count:
@@ -154,14 +162,23 @@ class Present:
 
     def _leave_out(self, workload: str, reason: str) -> None:
         """A version that served cannot be loaded any more: go on with its fallback, or without it."""
-        entry = self.generation.entries[workload]
-        if workload in self.ledger.desired():
-            self.note(partial(self.ledger.failed, entry, self.generation, reason))
-        else:
-            self.note(partial(self.ledger.gone, workload))
+        self._say_failed(self.generation.entries[workload], reason)
         del self._faults[workload]
         self.generation = self.generation.without(self.next_number(), workload)
         self._end_loading()
+
+    def give_up(self, lost: Sequence[Desired]) -> None:
+        """These models are served no more: their files are not there."""
+        for entry in lost:
+            reason = f"Version {entry.version} of {entry.workload} cannot be loaded: {_file(entry)} is not there."
+            logger.error("%s", reason)
+            self._say_failed(entry, reason)
+
+    def _say_failed(self, entry: Desired, reason: str) -> None:
+        if entry.workload in self.ledger.desired():
+            self.note(partial(self.ledger.failed, entry, self.generation, reason))
+        else:
+            self.note(partial(self.ledger.gone, entry.workload))
 
     def _go_back(self) -> None:
         """Workers end before they say what they load: any version may be to blame that did not answer before."""
@@ -175,3 +192,22 @@ class Present:
         for worker in [worker for worker in self.members if worker.phase == "loading"]:
             self.members.remove(worker)
             worker.kill()
+
+
+def loadable(generation: Generation, besides: Collection[str] = ()) -> tuple[Generation, list[Desired]]:
+    """What is left of a generation without the models of a repository whose files are not there, and these models: a
+    folder that is away would cost a process for each. `besides`: workloads that are left as they are."""
+    lost: dict[str, Desired] = {}
+    while absent := [
+        name
+        for name, entry in generation.entries.items()
+        if entry.plain and name not in besides and not _file(entry).exists()
+    ]:
+        for name in absent:
+            lost.setdefault(name, generation.entries[name])
+            generation = generation.without(generation.number, name)
+    return generation, list(lost.values())
+
+
+def _file(entry: Desired) -> Path:
+    return Path(entry.folder) / "model.onnx"

@@ -104,16 +104,45 @@ def driven(tmp_path):
     made.fleet.stop()
 
 
-def test_what_should_go_goes_together_however_it_was_tried_before(driven, caplog):
+def test_what_should_go_goes_together_however_it_is_looked_at(driven):
     driven.until(lambda: driven.serves(*NAMES))
     for name in NAMES[:3]:  # a look at the folder in the midst of their removal sees the first one gone
         shutil.rmtree(driven.models / name)
-    driven.forget("one")
-    driven.until(lambda: "Removal of one is tried again." in caplog.text)
     before = driven.fleet.current.number
+    driven.forget("one")
+    for _ in range(10):
+        driven.step()
     driven.forget("two", "three")
     driven.until(lambda: driven.serves("four"))
-    assert driven.fleet.current.number == before + 2, "the one that was refused, and the one without all three"
+    assert driven.fleet.current.number == before + 1, "one of them went by itself"
+    assert not driven.failed()
+
+
+def test_models_whose_files_are_away_answer_until_another_one_changes_and_go_together(driven):
+    driven.until(lambda: driven.serves(*NAMES))
+    before = driven.fleet.current.number
+    for name in ("two", "three"):
+        driven.file(name).unlink()
+    driven.ask("one", 2)
+    driven.until(lambda: driven.fleet._candidates)
+    assert driven.serves(*NAMES)
+    assert not driven.failed()
+    driven.until(lambda: driven.serves("one", "four") and driven.failed() == {"two", "three"})
+    assert driven.versions()["one"] == 2
+    assert driven.fleet.current.number == before + 1, "a process was started in vain"
+
+
+def test_models_whose_files_are_away_are_left_out_together_at_the_start(driven):
+    driven.until(lambda: driven.serves(*NAMES))
+    driven.ask("one", 2, fallback_version=1, fallback_folder=str(driven.file("one").parent))
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["one"] == 2)
+    for path in (driven.file("one", 2), driven.file("two"), driven.file("three")):
+        path.unlink()
+    before = driven.fleet.current.number
+    driven.again()
+    driven.until(lambda: driven.serves("one", "four") and driven.failed() == {"one", "two", "three"})
+    assert driven.versions()["one"] == 1
+    assert driven.fleet.current.number == before + 2, "a process was started in vain"
 
 
 def test_what_does_not_load_holds_up_neither_what_goes_nor_what_comes(driven):
