@@ -6,7 +6,7 @@ Not here: the processes that try them, and what follows when they fail (`serving
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from serving import state
@@ -68,15 +68,19 @@ class Backlog:
         """The changes to try now, without those of `busy` workloads. Models of a repository share a generation, for
         many may come at once; but what has failed is tried by itself. What should go, goes with any other change: its
         files may be gone already, and then no generation that still has it can be loaded."""
-        clock = time.monotonic()
-        waiting = [one for one in self._waiting(current) if one.workload not in busy]
-        due = [one for one in waiting if self._of(one).until <= clock]
+        waiting, due = self._due(current, busy)
         if not due:
             return []
         going = [change for change in waiting if change.version is None]
-        together = [change for change in due if change.plain and change.workload not in self._held]
+        together = [change for change in due if self._shares(change)]
         coming = together if due[0] in together else due[:1]
         return [*going, *(change for change in coming if change not in going)]
+
+    def with_waiting(self, changes: Sequence[Desired], current: Generation, busy: Collection[str]) -> list[Desired]:
+        """Changes that are tried anew, and what waits and may share their generation."""
+        if not all(map(self._shares, changes)):
+            return list(changes)
+        return [*changes, *filter(self._shares, self._due(current, busy)[1])]
 
     def pending(self, change: Desired) -> bool:
         """Whether the request was not acted on yet."""
@@ -90,6 +94,10 @@ class Backlog:
     def refused(self, change: Desired) -> None:
         """It is not tried again."""
         self._tried[change.workload] = change.asked
+
+    def set_apart(self, workload: str) -> None:
+        """It changed again before it was served: its next version is tried by itself, after what waits longer."""
+        self._held.setdefault(workload, Held(""))
 
     def hold(self, change: Desired) -> int:
         """It was tried in vain, and is tried again later, each time later; returns how often that was."""
@@ -107,6 +115,16 @@ class Backlog:
     def _of(self, change: Desired) -> Held:
         held = self._held.get(change.workload)
         return held if held is not None and held.asked == change.asked else Held(change.asked)
+
+    def _shares(self, change: Desired) -> bool:
+        return change.plain and change.workload not in self._held
+
+    def _due(self, current: Generation, busy: Collection[str]) -> tuple[list[Desired], list[Desired]]:
+        """All changes that wait, and those of them that may be tried now: first what was not tried before."""
+        clock = time.monotonic()
+        waiting = [one for one in self._waiting(current) if one.workload not in busy]
+        due = [one for one in waiting if self._of(one).until <= clock]
+        return waiting, sorted(due, key=lambda one: one.workload in self._held)
 
     def _waiting(self, current: Generation) -> Iterator[Desired]:
         """What is desired and was not tried yet; no version: the workload should go."""

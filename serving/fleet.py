@@ -21,8 +21,12 @@ from serving.present import TRIES, Present, loadable
 from serving.state import Desired
 from serving.supervise import Failure, Plan, Worker
 
+MOST = 2
+"""Candidates: each loads everything that is served, in as many processes as answer."""
 PATIENCE_SECONDS = 3
-"""How long a change has the machine for itself before the next one is tried beside it."""
+"""How long a change has the machine for itself before the next one is tried beside it; each time that it had to begin
+anew PATIENCE_GROWTH times as long, or one that takes long to load would never serve beside one that changes often."""
+PATIENCE_GROWTH = 4.0
 AWAY_SECONDS = 5
 """How long a change waits for files that are not there of models that answer: they may be back soon, or about to be
 removed all together."""
@@ -42,6 +46,13 @@ class Candidate:
     began: float
     lost: Sequence[Desired]
     """Models that answer, and whose files were not there to be loaded."""
+    restarts: int
+    """How often these changes had to begin anew, because others went before them."""
+
+    @property
+    def alone_until(self) -> float:
+        """When something else may be tried beside it."""
+        return self.began + PATIENCE_SECONDS * PATIENCE_GROWTH**self.restarts
 
 
 class Fleet:
@@ -121,10 +132,9 @@ class Fleet:
     def _begin(self) -> None:
         """Start the changes that come next, if the machine is free for them."""
         clock = time.monotonic()
-        if any(clock - candidate.began < PATIENCE_SECONDS for candidate in self._candidates):
+        if len(self._candidates) >= MOST or any(clock < candidate.alone_until for candidate in self._candidates):
             return
-        busy = {change.workload for candidate in self._candidates for change in candidate.changes}
-        changes = self.backlog.next(self.current, busy)
+        changes = self.backlog.next(self.current, self._busy())
         if not changes or not loadable(self.current, {change.workload for change in changes})[1]:
             self._away = None
         else:
@@ -132,31 +142,42 @@ class Fleet:
         if changes and (self._away is None or clock - self._away >= AWAY_SECONDS):
             self._try(changes)
 
-    def _try(self, changes: Sequence[Desired]) -> None:
+    def _busy(self) -> set[str]:
+        return {change.workload for candidate in self._candidates for change in candidate.changes}
+
+    def _try(self, changes: Sequence[Desired], restarts: int = 0) -> None:
         generation, number = self.current, self.present.next_number()
         for change in changes:
             generation = generation.changed(number, change.workload, None if change.version is None else change)
         generation, lost = loadable(generation, {change.workload for change in changes})
         members = [self.present.start(generation) for _ in range(self.count)]
-        candidate = Candidate(generation, changes, self.current.number, members, time.monotonic(), lost)
+        candidate = Candidate(generation, changes, self.current.number, members, time.monotonic(), lost, restarts)
         self._candidates.append(candidate)
 
     def _judge(self, candidate: Candidate) -> None:
         """Promote it, refuse it, or let it go on loading."""
         desired, changes = self.ledger.desired(), candidate.changes
-        wanted = [desired.get(change.workload, Desired(change.workload, None)).asked for change in changes]
+        wanted = [one for one in changes if desired.get(one.workload, Desired(one.workload, None)).asked == one.asked]
         failed = next((worker.failure for worker in candidate.members if worker.failure is not None), None)
-        if wanted != [change.asked for change in changes]:
-            self._drop(candidate)
+        if len(wanted) < len(changes):
+            for change in changes:
+                if change not in wanted:
+                    self.backlog.set_apart(change.workload)
+            self._again(candidate, wanted)
         elif failed is not None:
             self._drop(candidate)
             self._refuse(changes, failed)
+        elif candidate.base != self.current.number:  # another workload changed meanwhile
+            self._again(candidate, changes)
         elif all(worker.phase == "loaded" for worker in candidate.members):
-            if candidate.base == self.current.number:
-                self._promote(candidate)
-            else:  # another workload changed meanwhile
-                self._drop(candidate)
-                self._try(changes)
+            self._promote(candidate)
+
+    def _again(self, candidate: Candidate, changes: Sequence[Desired]) -> None:
+        """Begin anew with those changes of it that are still wanted, and with what waits and may share with them."""
+        self._drop(candidate)
+        if changes:
+            busy = self._busy() | {change.workload for change in changes}
+            self._try(self.backlog.with_waiting(changes, self.current, busy), candidate.restarts + 1)
 
     def _promote(self, candidate: Candidate) -> None:
         self._candidates.remove(candidate)

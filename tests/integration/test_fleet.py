@@ -52,6 +52,20 @@ class Driven:
         self.file(name, version).unlink()
         os.mkfifo(self.file(name, version))
 
+    def let_go(self, name, version=1):
+        """It can be loaded, also by those that wait for it."""
+        path = self.file(name, version)
+        path.rename(path.with_name("hangs"))
+        path.write_bytes(plain(version))
+        with suppress(OSError):  # nobody waits
+            waiting = os.open(path.with_name("hangs"), os.O_WRONLY | os.O_NONBLOCK)
+            os.write(waiting, path.read_bytes())
+            os.close(waiting)
+
+    def tried(self):
+        """The changes that are tried, by candidate."""
+        return [{change.workload for change in candidate.changes} for candidate in self.fleet._candidates]
+
     def mend(self, name, version=1):
         self.file(name, version).unlink()
         self.file(name, version).write_bytes(plain(version))
@@ -298,3 +312,61 @@ def test_what_cannot_be_read_for_a_moment_goes_on_answering(driven):
     driven.ask("two", 2)
     driven.until(lambda: driven.versions()["two"] == 2)
     driven.until(lambda: driven.serves(*NAMES))
+
+
+@pytest.fixture
+def hasty(driven, monkeypatch):
+    """A fleet that answers, and waits shortly before it tries changes side by side."""
+    monkeypatch.setattr("serving.fleet.PATIENCE_SECONDS", 0.5)
+    driven.until(lambda: driven.serves(*NAMES))
+    return driven
+
+
+def ask_hanging(driven, name, version=1):
+    """Ask for a model that does not load for now."""
+    driven.ask(name, version)
+    driven.hang(name, version)
+
+
+def test_no_more_than_two_generations_load_at_the_same_time(hasty):
+    for number, name in enumerate(["five", "six"], 1):
+        ask_hanging(hasty, name)
+        hasty.until(lambda number=number: len(hasty.fleet._candidates) == number)
+    hasty.ask("one", 2)
+    for _ in range(100):  # of 20 ms
+        hasty.step()
+        assert len(hasty.fleet._candidates) == 2
+    hasty.let_go("five")
+    hasty.until(lambda: "five" in hasty.versions())
+    hasty.let_go("six")
+    hasty.until(lambda: hasty.serves(*NAMES, "five", "six") and hasty.versions()["one"] == 2)
+
+
+def test_what_loads_while_another_change_is_served_begins_anew_at_once_and_is_not_overtaken_again(hasty):
+    ask_hanging(hasty, "five")
+    hasty.until(lambda: hasty.tried() == [{"five"}])
+    hasty.ask("one", 2)
+    hasty.until(lambda: len(hasty.fleet._candidates) == 2)
+    hasty.ask("two", 2)
+    hasty.until(lambda: hasty.versions()["one"] == 2)
+    hasty.step()
+    assert hasty.tried() == [{"five", "two"}], "what waited shares with it"
+    assert hasty.fleet._candidates[0].base == hasty.fleet.current.number
+    hasty.ask("one", 3)
+    for _ in range(50):  # of 20 ms
+        hasty.step()
+        assert hasty.tried() == [{"five", "two"}], "it would have to begin anew once more"
+    hasty.let_go("five")
+    hasty.until(lambda: "five" in hasty.versions())
+    hasty.until(lambda: hasty.serves(*NAMES, "five") and hasty.versions()["one"] == 3)
+
+
+def test_a_model_that_changes_again_while_it_loads_leaves_those_that_came_with_it_alone(hasty):
+    ask_hanging(hasty, "five")
+    hasty.ask("six", 1)
+    hasty.until(lambda: hasty.tried() == [{"five", "six"}])
+    ask_hanging(hasty, "five", 2)
+    hasty.until(lambda: "six" in hasty.versions())
+    assert hasty.tried() in ([], [{"five"}])
+    hasty.let_go("five", 2)
+    hasty.until(lambda: hasty.serves(*NAMES, "five", "six"))
