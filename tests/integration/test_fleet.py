@@ -215,16 +215,18 @@ def test_two_workers_agree_when_one_cannot_load_what_the_other_answers_with(driv
     assert driven.failed() == {"two"}
 
 
-def test_what_ends_its_worker_before_it_is_named_keeps_nothing_else_from_being_served(driven):
-    began = time.monotonic()
-    while not driven.serves("one", "two", "three"):
-        assert time.monotonic() - began < 60
-        driven.step()
-        started = [(driven.fleet.members, driven.fleet.current)]
-        started += [(candidate.members, candidate.generation) for candidate in driven.fleet._candidates]
-        for worker in [one for members, made in started if "four" in made.entries for one in members]:
-            with suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
+def test_what_ends_its_worker_before_it_is_named_keeps_nothing_else_from_being_served(driven, monkeypatch):
+    present = driven.fleet.present
+    start = present.start
+
+    def ending(generation):
+        worker = start(generation)
+        if "four" in generation.entries:
+            os.kill(worker.pid, signal.SIGKILL)
+        return worker
+
+    monkeypatch.setattr(present, "start", ending)
+    driven.until(lambda: driven.serves("one", "two", "three"), 60)
     driven.until(lambda: driven.failed() == {"four"})
 
 
