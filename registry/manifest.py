@@ -53,6 +53,12 @@ def verify(folder: Path) -> None:
             raise BundleError(f"{folder / name} was changed after the version was registered. Fetch the version again.")
 
 
+def digest_of(folder: Path) -> str:
+    """SHA-256 of a bundle's manifest, which holds those of its files; empty when there is none."""
+    path = folder / MANIFEST
+    return _hash(path) if path.is_file() else ""
+
+
 def _files(folder: Path) -> list[str]:
     """Names of the files below `folder`, relative, sorted."""
     names = []

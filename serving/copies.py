@@ -13,10 +13,9 @@ import time
 import uuid
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 
-from registry.manifest import MANIFEST
+from registry.manifest import digest_of
 
 YOUNG_SECONDS = 600
 """What was written or loaded more recently stays: another replica of the node may have been told otherwise, and be at
@@ -28,12 +27,6 @@ logger = logging.getLogger(__name__)
 def copy_of(bundles: Path, workload: str, version: int | None, digest: str) -> Path:
     """Where the copy of a version lies."""
     return bundles / workload / f"{version}-{digest[:16]}"
-
-
-def digest_of(folder: Path) -> str:
-    """SHA-256 of a bundle's manifest, which holds those of its files; empty when there is none."""
-    path = folder / MANIFEST
-    return sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def holds(folder: Path, digest: str) -> bool:

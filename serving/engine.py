@@ -113,7 +113,8 @@ class Engine:
         replaced = serving.version if serving else None
         if desired.version is None:
             raise ValueError("There is nothing to take: the request names no version.")
-        if serving is not None and serving.version == desired.version:
+        known = self.known.get(desired.workload, desired)
+        if serving is not None and (serving.version, known.content) == (desired.version, desired.content):
             state = replace(self.states[desired.workload], asked=desired.asked)
         else:
             try:

@@ -210,7 +210,7 @@ class Fleet:
 
 
 def _same(serving: Desired, entry: Desired) -> bool:
-    """Whether what serves is what is asked for. A bundle never changes; a file of a repository may."""
+    """Whether what serves is what is asked for. A bundle is known by its content, a plain file by its mark."""
     if serving.plain or entry.plain:
         return serving.asked == entry.asked and serving.folder == entry.folder
-    return (serving.version, serving.folder) == (entry.version, entry.folder)
+    return (serving.version, serving.folder, serving.content) == (entry.version, entry.folder, entry.content)

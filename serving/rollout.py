@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from registry.manifest import digest_of
 from registry.store import Store
 from serving import state
-from serving.copies import digest_of
 from serving.reconcile import Reconciler
 from serving.replica import Order, Orders
 from serving.shared_key import shared_key
@@ -130,8 +130,9 @@ class Rollout:
         if desired.fallback_version is None:
             return None
         asked = f"before-{desired.asked}"
-        before = Desired(desired.workload, desired.fallback_version, desired.fallback_folder, asked)
-        return Order(before, self._digest(before.folder), proven=True)
+        digest = self._digest(desired.fallback_folder)
+        before = Desired(desired.workload, desired.fallback_version, desired.fallback_folder, asked, content=digest)
+        return Order(before, digest, proven=True)
 
     def _desired(self) -> dict[str, Desired]:
         """What the reconciler wants, read when it changed."""

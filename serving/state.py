@@ -47,6 +47,8 @@ class Desired:
     fallback_folder: str = ""
     plain: bool = False
     """No bundle but any `model.onnx`, of a model repository."""
+    content: str = ""
+    """Names the bundle's content, where a registry that counts from 1 again may use the number anew."""
 
 
 @dataclass(frozen=True)

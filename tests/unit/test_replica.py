@@ -13,11 +13,12 @@ import onnx
 import pytest
 
 from registry.bundle import write
+from registry.manifest import digest_of
 from serving import replica as module
 from serving import state
 from serving.attendance import attend
 from serving.config import Config
-from serving.copies import copy_of, digest_of, found, put, sweep
+from serving.copies import copy_of, found, put, sweep
 from serving.metrics import Metrics
 from serving.node_drain import NodeDrain
 from serving.replica import Replica
