@@ -50,6 +50,10 @@ class RegistryError(NoriaError):
     """The registry refuses, has no such version, or cannot be reached."""
 
 
+class AbsentError(RegistryError):
+    """The registry answers, and has no such version."""
+
+
 class TrainingError(NoriaError):
     """Training cannot start or did not finish."""
 

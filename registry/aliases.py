@@ -1,4 +1,4 @@
-"""All registered models in one request, with their aliases and tags: what a server polls. Nothing is decided here."""
+"""All registered models in one request, with their aliases and tags: what a server polls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from registry.connection import answered
-from registry.store import Store
+from registry.store import PREFIX, Store
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Registered:
     """The version that each alias names."""
     tags: Mapping[str, str]
     """Tags of the model itself, not of a version."""
+    made: int = 0
+    """When it was registered: one that was deleted and registered anew counts its versions from 1 again."""
+    ours: bool = True
+    """Whether it, or its newest version, was registered by noria."""
 
 
 def registered(store: Store) -> dict[str, Registered]:
@@ -32,7 +36,9 @@ def registered(store: Store) -> dict[str, Registered]:
             page = store.client.search_registered_models(max_results=1000, page_token=token)
             for model in page:
                 named = {alias: int(number) for alias, number in model.aliases.items()}
-                found[model.name] = Registered(named, dict(model.tags))
+                known = [*model.tags, *(tag for version in model.latest_versions for tag in version.tags)]
+                ours = any(tag.startswith(PREFIX) for tag in known)
+                found[model.name] = Registered(named, dict(model.tags), model.creation_timestamp, ours)
             token = page.token
             if not token:
                 return found
@@ -41,3 +47,19 @@ def registered(store: Store) -> dict[str, Registered]:
 def aliases(store: Store) -> dict[str, dict[str, int]]:
     """By registered model, the version that each of its aliases names. Raises RegistryError as `registered` does."""
     return {name: dict(model.aliases) for name, model in registered(store).items()}
+
+
+def keep_previous(store: Store, workload: str, champion: int, previous: int | None, replaced: int) -> None:
+    """Whoever moved the champion, the way back leads to the version that answered before, `replaced`; unless an alias
+    has moved since, from `champion` and `previous`, which somebody did on purpose.
+
+    Raises:
+        RegistryError: MLflow does not answer.
+    """
+    named = aliases(store).get(workload, {})
+    if (named.get("champion"), named.get("previous")) != (champion, previous) or replaced == previous:
+        return
+    store.move(workload, "previous", replaced)
+    # A promotion of just that version may have come between: then the way back leads to this one.
+    if aliases(store).get(workload, {}).get("champion") == replaced:
+        store.move(workload, "previous", champion)

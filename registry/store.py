@@ -18,7 +18,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from noria.errors import BundleError, RegistryError
+from noria.errors import AbsentError, BundleError, RegistryError
 from noria.records import Version
 from registry.bundle import Bundle, Contents
 from registry.card import model_card, version_card
@@ -99,13 +99,13 @@ class Store:
                 raise
 
     def get(self, workload: str, number: int) -> Version:
-        """The version with that number. Raises RegistryError when there is none."""
+        """The version with that number. Raises AbsentError when there is none."""
         with answered(self.uri, f"reading version {number} of {workload}"):
             try:
                 return _version(self.client.get_model_version(workload, str(number)))
             except MlflowException as error:
                 if is_absent(error):
-                    raise RegistryError(
+                    raise AbsentError(
                         f"There is no version {number} of '{workload}' in MLflow at {self.uri}."
                     ) from None
                 raise

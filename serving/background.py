@@ -36,27 +36,29 @@ logger = logging.getLogger(__name__)
 class Work:
     """All of it, made before any of it runs: so what fails meanwhile can be made again."""
 
-    def __init__(self, settings: Settings, mlflow_url: str) -> None:
+    def __init__(self, settings: Settings, mlflow_url: str, stop: threading.Event) -> None:
+        """Everything is repeated until `stop` is set."""
         offers: list[Callable[[Path], None]] = []
+        self.stop = stop
         self.shadowing: Shadowing | None = None
         self._followed: list[tuple[Callable[[], None], float]] = []
         if mlflow_url:
-            self.shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving)
-            reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving)
+            self.shadowing = Shadowing(Store(mlflow_url), settings.bundles, settings.serving, stop)
+            reconciler = Reconciler(Store(mlflow_url), settings.bundles, settings.serving, stop)
             self._followed = [(reconciler.step, settings.poll_seconds), (self.shadowing.step, SHADOW_SECONDS)]
             offers = [self.shadowing.feed.offer]
         self.drain = Drain(settings.serving / "log", str(settings.lake), *offers)
 
-    def run(self, stop: threading.Event, ended: threading.Event) -> None:
-        """Repeat everything until `stop` is set; after `ended`, bring the rest of the log into the lake."""
-        drains = threading.Thread(target=_drain, args=(self.drain, stop), name="drain")
+    def run(self, ended: threading.Event) -> None:
+        """Do it; after `ended`, bring the rest of the log into the lake."""
+        drains = threading.Thread(target=_drain, args=(self.drain, self.stop), name="drain")
         # A call of an MLflow that hangs lasts minutes, and the end of this process does not wait for it.
         followers = [
-            threading.Thread(target=repeat, args=(step, every, stop), daemon=True) for step, every in self._followed
+            threading.Thread(target=repeat, args=(step, every, self.stop), daemon=True) for step, every in self._followed
         ]
         for thread in (drains, *followers):
             thread.start()
-        stop.wait()
+        self.stop.wait()
         deadline = time.monotonic() + FOLLOWERS_SECONDS
         for thread in followers:
             thread.join(max(0.0, deadline - time.monotonic()))

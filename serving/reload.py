@@ -122,7 +122,7 @@ class Background:
         self.may_import = threading.Event()
         """Set when the first workers answer, or have nothing to load."""
         self._prepared = threading.Event()
-        self._work: Callable[[threading.Event, threading.Event], None] | None = None
+        self._work: Callable[[threading.Event], None] | None = None
         self._thread = threading.Thread(target=self._run, name="background")
 
     def start(self) -> None:
@@ -141,12 +141,13 @@ class Background:
         export(**{name: value for name, value in ALLOCATOR.items() if not variables(name)})
         repeat(self._prepare, None, self._prepared)
         if self._work is not None:
-            self._work(self.stop, self.ended)
+            self._work(self.ended)
 
     def _prepare(self) -> None:
         """What fails here, as where the disk is full, is tried again: without it no alias is followed, and no row comes
         into the lake."""
-        self._work = importlib.import_module("serving.background").Work(self.settings, self.mlflow_url).run
+        module = importlib.import_module("serving.background")
+        self._work = module.Work(self.settings, self.mlflow_url, self.stop).run
         self._prepared.set()
 
 

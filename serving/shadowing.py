@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import uuid
 from collections import deque
@@ -38,11 +39,14 @@ logger = logging.getLogger(__name__)
 class Shadowing:
     """Follows the alias `challenger` of every registered model. Used by one thread; `feed.offer` by another."""
 
-    def __init__(self, store: Store, bundles: Path, folder: Path) -> None:
+    def __init__(self, store: Store, bundles: Path, folder: Path, stop: threading.Event | None = None) -> None:
+        """Once `stop` is set a step ends with the call that it is in."""
         self.store, self.bundles, self.folder = store, bundles, folder / "shadow"
+        self.stopping = stop or threading.Event()
         self.feed = Feed(self.folder)
         self.process = Process(folder)
         self._asks = shadow_state.read(self.folder / "asked.json", Ask)
+        self._written = dict(self._asks)
         self._failed: dict[str, tuple[int, str]] = {}
         """Given up by this side: version and sentence, until the alias moves."""
         self._ends: dict[str, deque[float]] = {}
@@ -78,7 +82,6 @@ class Shadowing:
     # What should shadow
 
     def _follow(self, models: dict[str, Registered]) -> None:
-        before = dict(self._asks)
         for workload in set(self._asks) | set(self._failed):
             model = models.get(workload)
             asked = self._asks[workload].version if workload in self._asks else self._failed[workload][0]
@@ -88,16 +91,14 @@ class Shadowing:
             number = model.aliases.get("challenger")
             if number is not None and number != model.aliases.get("champion") and workload not in self._failed:
                 self._ask(workload, number, self._share(workload, model))
-        if self._asks != before:
-            shadow_state.write(self.folder / "asked.json", self._asks)
-            self._want()
+        self._save()
 
     def _ask(self, workload: str, number: int, share: float) -> None:
         ask = self._asks.get(workload)
         if ask is not None:
             self._asks[workload] = Ask(number, ask.folder, share, ask.asked)
             return
-        if time.monotonic() < self._retry_at.get(workload, 0.0):
+        if self.stopping.is_set() or time.monotonic() < self._retry_at.get(workload, 0.0):
             return
         try:
             version = self.store.get(workload, number)
@@ -108,7 +109,7 @@ class Shadowing:
         except BundleError as error:
             self._failed[workload] = number, str(error)
             return
-        except RegistryError as error:
+        except (RegistryError, OSError) as error:
             self._retry_at[workload] = time.monotonic() + RETRY_SECONDS
             logger.warning("%s The challenger of %s is tried again in %.0f s.", error, workload, RETRY_SECONDS)
             return
@@ -144,6 +145,13 @@ class Shadowing:
             logger.warning("Shadowing %s: %s.", workload, trouble)
         self._troubles[workload] = trouble
         return self._asks[workload].share if workload in self._asks else 1.0
+
+    def _save(self) -> None:
+        """Tell the process and the drain what should shadow; what this disk does not take is written later."""
+        if self._asks != self._written:
+            shadow_state.write(self.folder / "asked.json", self._asks)
+            self._written = dict(self._asks)
+            self._want()
 
     def _want(self) -> None:
         self.feed.wanted = frozenset(workload for workload, ask in self._asks.items() if ask.share > 0)
@@ -182,9 +190,8 @@ class Shadowing:
     def _give_up(self, workload: str, number: int, reason: str) -> None:
         self._failed[workload] = number, reason
         del self._asks[workload]
-        shadow_state.write(self.folder / "asked.json", self._asks)
-        self._want()
         self.feed.forget(workload)
+        self._save()
 
     # What is told
 
@@ -230,7 +237,7 @@ class Shadowing:
 
     def _say(self, workload: str, number: int, sentence: str) -> None:
         """Tag the version, once a sentence; what MLflow does not take now is said at the next step."""
-        if self._said.get((workload, number)) == sentence:
+        if self.stopping.is_set() or self._said.get((workload, number)) == sentence:
             return
         try:
             self.store.tag(self.store.get(workload, number), {TAG: sentence[:4000]})

@@ -42,6 +42,9 @@ def _remove(target: Path) -> bool:
             target.rename(aside)
     except Timeout:
         return False
+    except OSError as error:  # the others may still go
+        logger.warning("The bundle %s is not needed any more, and could not be removed: %s", target, error)
+        return False
     shutil.rmtree(aside, ignore_errors=True)
     logger.info("The bundle %s is not needed any more and was removed.", target)
     return True

@@ -46,8 +46,8 @@ def log_row(folder, identity_model):
 def test_a_registry_that_hangs_holds_up_neither_the_end_nor_the_log(silent, tmp_path, identity_model):
     settings = load_settings(home=tmp_path)
     stop, ended = threading.Event(), threading.Event()
-    work = background.Work(settings, silent)
-    running = threading.Thread(target=work.run, args=(stop, ended), daemon=True)
+    work = background.Work(settings, silent, stop)
+    running = threading.Thread(target=work.run, args=(ended,), daemon=True)
     running.start()
     time.sleep(1)  # both followers ask for the aliases
     stop.set()
