@@ -54,7 +54,8 @@ class Work:
         drains = threading.Thread(target=_drain, args=(self.drain, self.stop), name="drain")
         # A call of an MLflow that hangs lasts minutes, and the end of this process does not wait for it.
         followers = [
-            threading.Thread(target=repeat, args=(step, every, self.stop), daemon=True) for step, every in self._followed
+            threading.Thread(target=repeat, args=(step, every, self.stop), daemon=True)
+            for step, every in self._followed
         ]
         for thread in (drains, *followers):
             thread.start()
