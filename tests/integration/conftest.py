@@ -1,4 +1,4 @@
-"""Real servers on free loopback ports, started once a session and ended with it."""
+"""Real servers on free loopback ports: MLflow's is started once a session, and empty at the start of each file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import httpx
 import orjson
 import pytest
 
+from registry.store import Store
 from serving import keys
 
 
@@ -25,7 +26,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An MLflow server on SQLite that passes artifacts on, as `noria up` starts it."""
     home, port = tmp_path_factory.mktemp("mlflow"), free_port()
     command = [str(Path(sys.executable).parent / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port)]
@@ -52,6 +53,15 @@ def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def mlflow_url(mlflow_server: str) -> Iterator[str]:
+    """That server, without the models of another file: servers follow every alias that they find in it."""
+    yield mlflow_server
+    client = Store(mlflow_server).client
+    for model in client.search_registered_models(max_results=1000):
+        client.delete_registered_model(model.name)
 
 
 SERVE = (
