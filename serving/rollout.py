@@ -59,6 +59,8 @@ class Rollout:
         """Of the bundles that these name, by folder."""
         self._seen: object = None
         self._reached: dict[str, State] = {}
+        self._proven: dict[str, tuple[int | None, str]] = {}
+        """By workload, the version that was reached last, and its content."""
         self._failed = state.read(self.folder / "failed", State)
         # What an earlier process asked for is served at once: MLflow may take minutes not to answer.
         self.polled = any(desired.version is not None for desired in self._desired().values())
@@ -112,6 +114,8 @@ class Rollout:
         if one.status == "serving":
             state.write(self.folder / "state", one)
             self._reached[one.workload] = one
+            known = self._wanted[one.workload]
+            self._proven[one.workload] = known.version, known.content
             state.remove(self.folder / "failed", one.workload)
             self._failed.pop(one.workload, None)
         else:
@@ -122,7 +126,9 @@ class Rollout:
         """What this replica should serve of a workload; None: nothing yet, another one tries its first version."""
         if desired.version is None:
             return Order(desired)
-        if _has(self._reached, desired):
+        # A refused version leaves the one before it, asked for anew: the replicas serve it, and none need try it first.
+        same = desired.content and self._proven.get(desired.workload) == (desired.version, desired.content)
+        if same or _has(self._reached, desired):
             self._trying.pop(desired.asked, None)
             return Order(desired, self._digest(desired.folder), proven=True)
         if not _has(self._failed, desired) and self._first(replica, desired):

@@ -5,24 +5,42 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from serving import rollout as module
 from serving import state
-from serving.rollout import Rollout
+from serving.rollout import SILENT_SECONDS, Rollout
 from serving.state import Desired, State
 
 AWAY = "http://127.0.0.1:9"
 """Nothing listens there."""
-SILENT = 0.2
+
+
+class Clock:
+    """Stands where the rollout finds `time`."""
+
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def monotonic(self):
+        return self.seconds
 
 
 @pytest.fixture
-def rollout(tmp_path, monkeypatch):
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+@pytest.fixture
+def rollout(tmp_path, clock):
     """One that has polled; version 1 answers, and the alias names version 2 by now."""
-    monkeypatch.setattr(module, "SILENT_SECONDS", SILENT)
     state.write(tmp_path / "rollout" / "desired", desired(1))
     made = started(tmp_path)
     assert orders(made, "first") == [1]
@@ -54,14 +72,14 @@ def refused(made):
     return {one.version: one.reason for one in state.read(made.folder / "failed", State).values()}
 
 
-def test_a_version_is_refused_when_the_second_replica_that_tries_it_falls_silent(rollout):
+def test_a_version_is_refused_when_the_second_replica_that_tries_it_falls_silent(rollout, clock):
     assert orders(rollout, "one") == [2]
     assert orders(rollout, "two") == [1]  # while the first one tries
-    time.sleep(SILENT)
+    clock.seconds += SILENT_SECONDS
     assert orders(rollout, "two") == [2]  # it may have been bad luck
     assert orders(rollout, "three") == [1]
     assert not refused(rollout)
-    time.sleep(SILENT)
+    clock.seconds += SILENT_SECONDS
     for name in ("three", "four", "one", "two"):
         assert orders(rollout, name) == [1]
     assert refused(rollout) == {2: "Two replicas ended or fell silent while they loaded version 2."}
@@ -75,6 +93,21 @@ def test_a_replica_that_was_told_to_end_says_nothing_about_the_version_that_it_t
     assert not refused(rollout)
     assert hear(rollout, "four", 2, "serving") == [2]
     assert orders(rollout, "five") == [2]
+
+
+def test_what_all_serve_is_no_new_version_when_it_is_asked_for_once_more(rollout):
+    """As when version 1 was gone back to, and 3 is refused: version 1 is asked for, with 2 to fall back to."""
+    assert hear(rollout, "one", 2, "serving") == orders(rollout, "two") == [2]
+    back = replace(desired(1, 2), content="of 1")
+    state.write(rollout.folder / "desired", back)
+    assert hear(rollout, "one", 1, "serving") == orders(rollout, "two") == [1]
+    state.write(rollout.folder / "desired", desired(3, 1))
+    assert orders(rollout, "one") == [3]
+    assert hear(rollout, "one", 3, "failed", "Its scores are off.") == orders(rollout, "two") == [1]
+    state.write(rollout.folder / "desired", replace(back, asked="once more"))
+    assert (orders(rollout, "one"), orders(rollout, "two")) == ([1], [1])
+    state.write(rollout.folder / "desired", replace(back, asked="registered anew", content="another"))
+    assert (orders(rollout, "one"), orders(rollout, "two")) == ([1], [2])
 
 
 def test_looks_read_nothing_while_nothing_changes(rollout, monkeypatch):
