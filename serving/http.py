@@ -13,25 +13,21 @@ import time
 
 from serving.audit import Access, AccessLog
 from serving.connections import LAST_WORDS_SECONDS
-from serving.exchange import Exchange, Heads
+from serving.exchange import Exchange
 from serving.holding import Held, Holds
-from serving.parsing import Parsing
-from serving.routes import NOWHERE, hot_url
+from serving.refusing import Refusing
+from serving.routes import hot_url
 from serving.service import WANTED, Request, Service, too_large
 from serving.wire import RETRY, Answer, Refusal, refused
 
 FULL = Refusal(503, "The server holds too much already; try again in a second.", RETRY)
-SPLIT_BYTES = 64 * 1024
-"""A larger answer is written after its head instead of being copied behind it."""
 
 
-class Protocol(Parsing):
+class Protocol(Refusing):
     """One connection."""
 
-    service: Service
     held: Held
-    """Both set on a subclass that `protocol` makes."""
-    heads = Heads()
+    """Set on a subclass that `protocol` makes, as `service` is."""
     draining = False
 
     # Connections
@@ -51,7 +47,7 @@ class Protocol(Parsing):
         self.holds = Holds(self.held)
         if len(self.connections) > self.limits.connections:
             refusal = Refusal(503, f"There are {self.limits.connections} connections; try again in a second.")
-            self._refuse(refusal, "connections")
+            self.refuse(refusal, "connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left: what it asked for is dropped from its batch."""
@@ -79,10 +75,10 @@ class Protocol(Parsing):
         if self.transport.is_closing():
             return
         if self.reading == "headers" and waited > limits.header_seconds:
-            self._refuse(Refusal(408, f"The headers did not arrive within {limits.header_seconds:g} s."))
-        elif self.reading == "body" and waited > limits.body_seconds:
-            self._refuse(Refusal(408, f"The body did not arrive within {limits.body_seconds:g} s."))
-        elif self.reading == "nothing" and waited > LAST_WORDS_SECONDS:
+            self.refuse(Refusal(408, f"The headers did not arrive within {limits.header_seconds:g} s."))
+        elif self.reading == "body" and not self.pipeline and waited > limits.body_seconds:
+            self.refuse(Refusal(408, f"The body did not arrive within {limits.body_seconds:g} s."))
+        elif self.reading == "nothing" and self.refusal is None and waited > LAST_WORDS_SECONDS:
             self.transport.abort()
         elif self.reading == "next" and waited > (LAST_WORDS_SECONDS if self.draining else limits.idle_seconds):
             self.transport.close()
@@ -107,15 +103,13 @@ class Protocol(Parsing):
         self.large_read = len(data) > self.limits.header_bytes
         super().data_received(data)
         # Counted from the request's start, and from each piece of its body: trailers and chunk extensions are headers.
-        if (
-            self.header_size > self.limits.header_bytes
-            and self.reading in ("headers", "body")
-            and not self.transport.is_closing()
-        ):
-            self._refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
+        if self.header_size > self.limits.header_bytes and self.reading in ("headers", "body"):
+            self.refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
 
     def on_message_begin(self) -> None:
         """A request begins. What uvicorn prepares for ASGI is left until it is known to go there."""
+        if self.reading == "nothing":
+            return
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
@@ -126,16 +120,17 @@ class Protocol(Parsing):
 
     def on_headers_complete(self) -> None:
         """The hot routes part from the others."""
+        if self.reading == "nothing":
+            return
         self.upgrading = self.parser.should_upgrade()
         if self.upgrading:
             return
         if twice := self.twice():
-            self._refuse(Refusal(400, f"The header {twice} stands there twice; send it once."))
+            self.refuse(Refusal(400, f"The header {twice} stands there twice; send it once."))
             return
         if self.large_read and self.header_bytes() > self.limits.header_bytes:
-            self._refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
+            self.refuse(Refusal(431, f"The headers are larger than {self.limits.header_bytes} bytes."))
             return
-        self.reading = "body"
         cycle = self.cycle
         free = cycle is None or cycle.response_complete
         route = hot_url(self.url) if free and self.parser.get_method() == b"POST" else None
@@ -144,6 +139,7 @@ class Protocol(Parsing):
             return
         keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive() and not self.draining
         self.cycle = self.exchange = exchange = Exchange(route, keep)  # type: ignore[assignment]
+        self.reading = "body"
         for name, value in self.headers:
             if name in WANTED:
                 exchange.headers[name] = value
@@ -171,7 +167,7 @@ class Protocol(Parsing):
             return
         if exchange is None:
             if not self.cycle.response_complete and self.holds.take(len(body)) > self.limits.held_bytes:
-                self._refuse(FULL, "shedding")
+                self.refuse(FULL, "shedding")
                 return
             super().on_body(body)
         elif not exchange.response_complete:
@@ -187,13 +183,12 @@ class Protocol(Parsing):
         exchange = self.exchange
         if self.reading == "nothing" or self.upgrading:
             return
-        if exchange is None:
-            self.reading = "answer"
-            super().on_message_complete()
-        elif exchange.response_complete:  # refused before its body had arrived
+        self.reading = "answer"
+        if self.cycle.response_complete:  # before its body had arrived
             self._rest()
+        elif exchange is None:
+            super().on_message_complete()
         else:
-            self.reading = "answer"
             exchange.began = time.perf_counter()
             route = exchange.route
             request = Request(route.name, route.workload, exchange.body(), exchange.headers, route.version)
@@ -216,6 +211,7 @@ class Protocol(Parsing):
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)
         super().on_headers_complete()
+        self.reading = "body"
         if self.draining and self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -230,32 +226,32 @@ class Protocol(Parsing):
             return
         exchange.response_complete = True
         keep = exchange.keep_alive
-        self._write(answer, keep)
+        self.write(answer, keep)
         if self.notes is not None:
             self._note(self.notes, exchange, answer)
         self.server_state.total_requests += 1
         if not keep:
             self.transport.close()
             return
-        if self.reading == "answer":
-            self._rest()
+        self._rest()
         if self.pipeline:
             self.flow.resume_reading()
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what the parser does not take for HTTP."""
-        super().send_400_response(msg)
-        self._note_refused(400, len(msg))
 
     def _turn_away(self, exchange: Exchange, refusal: Refusal, reason: str = "") -> None:
         self.service.metrics.turned_away(exchange.route.name, exchange.route.workload, refusal.status, reason)
         self._answer(exchange, refused(refusal))
 
     def _rest(self) -> None:
-        self.reading = "next"
+        """An answer has left; whatever is waited for now has all its time."""
         self.since = self.loop.time()
+        if self.pipeline:
+            return
+        if self.reading == "answer":
+            self.reading = "next"
+        elif self.reading == "nothing" and not self.transport.is_closing():
+            self.let_go()
 
     def _note(self, access_log: AccessLog, exchange: Exchange, answer: Answer) -> None:
         model, now = self.service.engine.models.get(exchange.route.workload), time.time()
@@ -265,34 +261,6 @@ class Protocol(Parsing):
             exchange.route.path, answer.status, exchange.size, len(answer.body),
             (time.perf_counter() - began) * 1000, answer.rows, model.version if model else None,
         ))  # fmt: skip
-
-    def _note_refused(self, status: int, sent: int, reason: str = "") -> None:
-        """A line for what never became a whole request: without a path, as long as that is not known whole."""
-        exchange = None if self.exchange is None or self.exchange.response_complete else self.exchange
-        key, method, at = (exchange.key, "POST", exchange.route) if exchange else ("", "", NOWHERE)
-        self.service.metrics.turned_away(at.name, at.workload, status, reason)
-        if self.notes is not None:
-            self.notes.add(Access(time.time(), "", self.address, key, method, at.path, status, 0, sent, 0.0, 0, None))
-
-    def _write(self, answer: Answer, keep: bool) -> None:
-        head = self.heads.of(answer, keep, self.server_state.default_headers)
-        if len(answer.body) <= SPLIT_BYTES:
-            self.transport.write(head + answer.body)
-        else:
-            self.transport.write(head)
-            self.transport.write(answer.body)
-
-    def _refuse(self, refusal: Refusal, reason: str = "") -> None:
-        """Answer what is no request, and let go of the connection."""
-        answered = self.reading == "body" and self.cycle is not None and self.cycle.response_complete
-        if not answered:
-            answer = refused(refusal)
-            self._write(answer, keep=False)
-            self._note_refused(answer.status, len(answer.body), reason)
-        # Closing at once would reset a connection on which more is under way, and the client would not read why.
-        self.reading = "nothing"
-        self.since = self.loop.time()
-        self.transport.write_eof()
 
 
 def protocol(service: Service) -> type[Protocol]:
