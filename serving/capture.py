@@ -56,8 +56,8 @@ class Segment:
     failure: str = ""
     """Why a sync failed. A later one proves nothing then: the system forgets what it could not bring onto the disk and
     says of the same bytes that they are there, and what was written since may lie behind a gap."""
-    versions: set[int] = field(default_factory=set)
-    """Versions whose schema the file already holds, so that it can be read by itself."""
+    versions: dict[int, Model] = field(default_factory=dict)
+    """By number, versions whose schema the file already holds, so that it can be read by itself."""
 
 
 class Log:
@@ -169,10 +169,11 @@ class Log:
     def _write(self, workload: str, rows: int, parts: list[Any], model: Model | None = None) -> bool:
         with self._lock:
             try:
-                segment = self._segments.get(workload) or self._open(workload)
-                if model is not None and model.version not in segment.versions:
-                    parts.insert(0, orjson.dumps(_header(model), option=FLAGS))
-                    segment.versions.add(model.version)
+                segment = self._segment(workload, model)
+                if model is not None:
+                    if model.version not in segment.versions:
+                        parts.insert(0, orjson.dumps(_header(model), option=FLAGS))
+                    segment.versions[model.version] = model
                 self._append(segment, parts)
                 segment.rows += rows
                 self._unwritten = ""
@@ -183,6 +184,16 @@ class Log:
                 if workload in self._segments:
                     self._abandon(workload)
                 return False
+
+    def _segment(self, workload: str, model: Model | None) -> Segment:
+        """The open one; a new one where the number of this version meant another schema until now."""
+        segment = self._segments.get(workload)
+        if segment is not None and model is not None:
+            known = segment.versions.get(model.version, model)
+            if known is not model and _header(known) != _header(model):
+                self._leaving.append(self._segments.pop(workload))
+                segment = None
+        return segment or self._open(workload)
 
     def _append(self, segment: Segment, parts: list[Any]) -> None:
         size = sum(map(len, parts))

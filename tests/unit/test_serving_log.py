@@ -303,6 +303,22 @@ def test_reading_a_segment_needs_nothing_else(place, model, trips_schema):
     assert tables["predictions"].num_rows == 2
 
 
+def test_a_number_that_names_another_schema_begins_another_segment(place, model):
+    """As on a cluster, where a registry that counts from 1 again brings another version 1 to the same process."""
+    schema = model.bundle.schema
+    fewer = replace(schema, columns=tuple(one for one in schema.columns if one.name != "zone"))
+    other = replace(model, bundle=replace(model.bundle, schema=fewer))
+    log = Log(place[0], "one")
+    ids = put(log, model) + put(log, model)
+    without = [{name: value for name, value in record.items() if name != "zone"} for record in RECORDS]
+    ids += put(log, other, without)
+    assert log.pending() == {"trips": (6, 2)}
+    log.rotate()
+    tables = [read(path.read_bytes())[0]["predictions"] for path in sorted((place[0] / "ready").iterdir())]
+    assert ["zone" in table.column_names for table in tables] == [True, False]
+    assert [name for table in tables for name in table.column("prediction_id").to_pylist()] == ids
+
+
 def test_an_append_is_bounded_in_bytes_too(place, model, monkeypatch):
     log = Log(place[0], "one")
     for _ in range(3):
