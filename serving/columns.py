@@ -122,9 +122,11 @@ def _check_whole(column: Column, datatype: str, data: list[Any]) -> None:
     try:
         pack(f"<{len(data)}{letter}", *data)  # all at once where nothing is odd
     except error:
-        fits = [value is None or _packs(letter, value) for value in data]
-        if not all(fits):
-            _refuse(column, datatype, data, fits)
+        given = [value for value in data if value is not None]
+        try:
+            pack(f"<{len(given)}{letter}", *given)
+        except error:
+            _refuse(column, datatype, data, [value is None or _packs(letter, value) for value in data])
 
 
 def _halves(column: Column, data: list[Any]) -> np.ndarray:

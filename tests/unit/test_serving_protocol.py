@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import orjson
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from noria.column import MISSING_INTEGER
 from noria.errors import SchemaError
 from noria.schema import Column, Schema
-from serving import operate
+from serving import columns, operate
 from serving.limits import JSON_LISTS
 from serving.protocol import MOST_ROWS, decode_feedback, decode_predict, read_records
 from serving.tensors import decode_infer, example
@@ -123,6 +125,16 @@ def test_infer_reads_tensors_with_missing_values(trips_model):
     assert rows.tensors["distance"].dtype == np.float32
     assert rows.tensors["zone"].tolist() == [MISSING_INTEGER, 2]
     assert rows.times.tolist() == [60_000_000, 120_000_000]
+
+
+def test_a_null_among_many_whole_numbers_is_no_reason_to_look_at_each(trips_model, monkeypatch):
+    formats = []
+    monkeypatch.setattr(columns, "pack", lambda form, *values: (formats.append(form), struct.pack(form, *values))[1])
+    rows = decode_infer(infer(pickup=[60] * 100, zone=[None, *range(99)]), trips_model).rows
+    assert rows.tensors["zone"].tolist() == [MISSING_INTEGER, *range(99)]
+    assert sorted(formats) == ["<100q", "<100q", "<99q"]
+    with pytest.raises(Refusal, match=r"Row 2.*which is no INT64"):
+        decode_infer(infer(pickup=[60] * 100, zone=[None, 1, 2**63, *range(97)]), trips_model)
 
 
 def test_infer_takes_columns_of_one_and_iso_times(trips_model):
