@@ -79,7 +79,7 @@ class Records:
 
     def release(self, model: Model, runs: Sequence[Run], send: Callable[[], None]) -> None:
         """Send at once, or after the log is on the disk; without ids where it does not get there."""
-        if not self.durable(model.workload):
+        if not runs or not self.durable(model.workload):
             send()
             return
 
@@ -89,7 +89,7 @@ class Records:
                     encode_without_ids(model, run)
             send()
 
-        self.commit.after(synced, min([run.failures for run in runs], default=self.log.failures))
+        self.commit.after(synced, min([run.failures for run in runs]))
 
     def answered(
         self, model: Model, calls: Sequence[Call], runs: Sequence[Run], loop: asyncio.AbstractEventLoop

@@ -422,6 +422,17 @@ def test_durable_answers_that_do_not_reach_the_disk_have_no_ids(service, name, u
     assert (service.log.lost, service.log.failure) == (2, "")
 
 
+def test_refusals_do_not_wait_for_the_disk(service, monkeypatch):
+    syncs, sync = [], service.log.sync
+    service.batcher.recorder.durable = lambda _: True
+    monkeypatch.setattr(service.log, "sync", lambda: (syncs.append(1), sync())[1])
+    wrong = body("x", "FP32", [1, 2], [1, 2, 3])
+    assert [answer[0] for answer in at_once(service, "double", [wrong] * 2)] == [400, 400]
+    assert not syncs
+    assert at_once(service, "double", [body("x", "FP32", [1, 2], [1, 2])])[0][0] == 200
+    assert syncs
+
+
 def test_who_waits_for_the_disk_hears_how_it_went_whoever_synced_and_whatever_the_others_do(
     tmp_path, caplog, unsyncable
 ):
