@@ -108,7 +108,7 @@ def hang_up(port: int, peers: set[str]) -> None:
         with contextlib.suppress(OSError):  # closed since, or no connection
             if not stat.S_ISSOCK(path.stat().st_mode):
                 continue
-            with socket.socket(fileno=os.dup(int(path.name))) as one:
+            with _duplicate(path) as one:
                 if one.family in INTERNET and _peers(one) & peers and one.getsockname()[1] == port:
                     one.shutdown(socket.SHUT_RDWR)
 
@@ -144,7 +144,7 @@ def _sockets(port: int, state: int) -> Iterator[list[socket.socket]]:
         for path in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(OSError):  # closed since
                 if stat.S_ISSOCK(path.stat().st_mode):
-                    one = socket.socket(fileno=os.dup(int(path.name)))
+                    one = _duplicate(path)
                     if _is(one, port, state):
                         found.append(one)
                     else:
@@ -153,6 +153,16 @@ def _sockets(port: int, state: int) -> Iterator[list[socket.socket]]:
     finally:
         for one in found:
             one.close()
+
+
+def _duplicate(path: Path) -> socket.socket:
+    """Raises OSError where the descriptor is closed by now, or another file's."""
+    copy = os.dup(int(path.name))
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
 
 
 def _is(one: socket.socket, port: int, state: int) -> bool:
