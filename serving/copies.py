@@ -15,7 +15,8 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from registry.manifest import digest_of
+from noria.errors import BundleError
+from registry.manifest import digest_of, verify
 
 YOUNG_SECONDS = 600
 """What was written or loaded more recently stays: another replica of the node may have been told otherwise, and be at
@@ -42,16 +43,29 @@ def found(copy: Path, digest: str) -> bool:
 
 
 def put(folder: Path, files: Mapping[str, bytes]) -> None:
-    """A bundle's files, aside and renamed; another replica of the node may write the same."""
+    """A bundle's files, aside and renamed; what another replica of the node was quicker to put there stays."""
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     for name, content in files.items():
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
         (aside / name).write_bytes(content)
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         aside.rename(folder)
-    except OSError:  # another replica was quicker
+    except OSError:  # something is there
+        if digest_of(folder) != digest_of(aside):
+            with suppress(OSError):
+                _remove(folder)
+                aside.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def drop_damaged(copy: Path) -> None:
+    """Remove a copy that is not whole, so that the next try gets it anew. A whole one may be what another replica of
+    the node loads just now."""
+    try:
+        verify(copy)
+    except (BundleError, OSError):
+        with suppress(OSError):
+            _remove(copy)
 
 
 def sweep(bundles: Path, wanted: Collection[Path], young: float = YOUNG_SECONDS) -> None:
@@ -60,6 +74,11 @@ def sweep(bundles: Path, wanted: Collection[Path], young: float = YOUNG_SECONDS)
         with suppress(OSError):  # another replica of the node was quicker
             if copy in wanted or time.time() - copy.stat().st_mtime <= young:
                 continue
-            aside = copy.rename(copy.with_name(f".gone-{uuid.uuid4().hex}"))
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(copy)
             logger.info("The copy %s is not needed any more and was removed.", copy)
+
+
+def _remove(copy: Path) -> None:
+    """Out of the way first, so that nobody finds half of it."""
+    aside = copy.rename(copy.with_name(f".gone-{uuid.uuid4().hex}"))
+    shutil.rmtree(aside, ignore_errors=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import platform
-import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from noria.runtime import Providers
 from serving.app import App, Receive, Scope, Send
 from serving.attendance import attend
 from serving.config import Config
-from serving.copies import copy_of, found, holds, put, sweep
+from serving.copies import copy_of, drop_damaged, found, holds, put, sweep
 from serving.engine import Engine
 from serving.node_drain import NodeDrain
 from serving.service import Service
@@ -236,7 +235,7 @@ class Replica:
                 await asyncio.to_thread(put, folder, files)
         state = await self._load(replace(desired, folder=str(folder)))
         if state.status == "failed" and folder.is_relative_to(self.node):
-            shutil.rmtree(folder, ignore_errors=True)  # the copy may be at fault; the next try fetches it anew
+            await asyncio.to_thread(drop_damaged, folder)
         return state
 
     def _copy(self, order: Order) -> Path:

@@ -14,6 +14,7 @@ import pytest
 
 from registry.bundle import write
 from registry.manifest import digest_of
+from registry.proof import Proof
 from serving import replica as module
 from serving import state
 from serving.attendance import attend
@@ -21,12 +22,13 @@ from serving.config import Config
 from serving.copies import copy_of, found, put, sweep
 from serving.metrics import Metrics
 from serving.node_drain import NodeDrain
-from serving.replica import Replica
+from serving.replica import Order, Replica
 from serving.rollout import Rollout
 from serving.state import Desired, State
 from tests.conftest import identity_graph
 
-LOAD_SECONDS = 2.0
+LOAD_SECONDS, HANGING_SECONDS = 60.0, 2.0
+"""What a load may take, and what one may that ends never."""
 
 
 @pytest.fixture
@@ -38,11 +40,11 @@ def rollout(tmp_path):
     return made
 
 
-def made(rollout):
+def made(rollout, load_seconds=LOAD_SECONDS):
     names = ("join", "look", "leave", "files")
     handle = SimpleNamespace(**{name: SimpleNamespace(remote=getattr(rollout, name)) for name in names})
     home = rollout.folder.parent
-    return Replica(handle, str(home), str(home / "lake"), Config().to_json(), "cpu", load_seconds=LOAD_SECONDS)
+    return Replica(handle, str(home), str(home / "lake"), Config().to_json(), "cpu", load_seconds=load_seconds)
 
 
 @asynccontextmanager
@@ -88,7 +90,7 @@ def block(path, aside):
     return release
 
 
-async def until(condition, seconds=30.0):
+async def until(condition, seconds=120.0):
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds
@@ -108,6 +110,8 @@ def test_a_version_that_hangs_costs_one_replica_and_later_ones_are_followed(roll
         promote(rollout, 1)
         async with AsyncExitStack() as stack:
             replicas = [await stack.enter_async_context(running(rollout)) for _ in range(2)]
+            for replica in replicas:
+                replica._load_seconds = HANGING_SECONDS
             promote(rollout, 2, 1)
             await until(lambda: any(replica.stuck for replica in replicas))
             await until(lambda: state.read(rollout.folder / "failed", State))
@@ -116,6 +120,8 @@ def test_a_version_that_hangs_costs_one_replica_and_later_ones_are_followed(roll
             await other.check_health()
             reason = "Version 2 of same was not loaded after 2 s"
             assert reason in state.read(rollout.folder / "failed", State)["same"].reason
+            for replica in replicas:
+                replica._load_seconds = LOAD_SECONDS
             promote(rollout, 3, 1)
             await until(lambda: served(replicas) == [3, 3])
             with pytest.raises(RuntimeError, match=reason):
@@ -135,7 +141,7 @@ def test_a_replica_that_cannot_start_says_so_at_once(rollout, tmp_path):
         orders, said = asyncio.Queue(), asyncio.Queue()
         await orders.put({"type": "lifespan.startup"})
         try:
-            await asyncio.wait_for(made(rollout).live(orders.get, said.put), 60)
+            await asyncio.wait_for(made(rollout, HANGING_SECONDS).live(orders.get, said.put), 120)
         finally:
             release()
         return await said.get()
@@ -167,6 +173,43 @@ def test_copies_that_nobody_names_go_and_those_in_use_stay(rollout, tmp_path, ma
             assert [path.name for path in wanted.parent.iterdir()] == [wanted.name]
 
     asyncio.run(live())
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_copy_that_another_replica_has_put_there_stays_and_another_version_s_goes(tmp_path, make_contents):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write(first, make_contents())
+    write(second, make_contents(thresholds={"rows": 200}))
+    copy = tmp_path / "copies" / "trips" / "1-0123"
+    put(copy, files_of(first))
+    made = copy.stat().st_ino
+    put(copy, files_of(first))
+    assert copy.stat().st_ino == made
+    put(copy, files_of(second))
+    assert digest_of(copy) == digest_of(second)
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_whole_copy_of_a_version_that_does_not_load_stays(rollout, tmp_path, make_contents):
+    """Another replica of the node may be loading it; a damaged one is fetched anew with the next try."""
+    contents, bundle = make_contents(), tmp_path / "bundle"
+    wrong = Proof(contents.proof.records, [value + 1 for value in contents.proof.scores])
+    write(bundle, make_contents(proof=wrong))
+    replica, digest = made(rollout), digest_of(bundle)
+    copy = copy_of(replica.node / "bundles", "trips", 1, digest)
+    put(copy, files_of(bundle))
+    order = Order(Desired("trips", 1, "/on/another/node", "asked"), digest)
+    try:
+        assert asyncio.run(replica._take(order)).status == "failed"
+        assert files_of(copy) == files_of(bundle)
+        (copy / "model.onnx").write_bytes(b"damaged")
+        assert asyncio.run(replica._take(order)).status == "failed"
+        assert not copy.exists()
+    finally:
+        replica.drain.finish(0)
 
 
 def shown(metrics):
