@@ -101,7 +101,7 @@ class PlainServer:
                 env={**clean, **variables}, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:
-            self.wait(lambda: all(self.ready(name) for name in models), 60)
+            self.wait(lambda: all(self.ready(name) for name in models), 120)
         except BaseException:
             self.process.kill()
             self.process.wait()
@@ -127,7 +127,7 @@ class PlainServer:
         described = orjson.loads(file.read_bytes()) if file.exists() else []
         return [worker["pid"] for worker in described if worker["phase"] == "accepting"]
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         """Until it holds."""
         end = time.monotonic() + seconds
         while True:
