@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from serving.generation import Generation, prune
 from serving.metrics import Metrics
@@ -97,7 +96,6 @@ class Fleet:
         said = [worker.describe() for worker in [*self._watched(), *self.pool.leaving]]
         self.present.say_ready()
         self.sources = frozenset(one.source for one in [*self._watched(), *self.pool.all()])
-        self.present.write_down()
         if self.ledger.workers(said):
             prune(self.folder, {self.current.number, *(one.generation.number for one in self._candidates)})
         return 0.02 if busy or self.pool.leaving else 0.1
@@ -185,7 +183,7 @@ class Fleet:
             self.backlog.served(change)
             self.metrics.swapped(change.workload, "serving", time.monotonic() - candidate.began)
             if change.version is None:
-                self.present.note(partial(self.ledger.gone, change.workload))
+                self.ledger.gone(change.workload)
         self.present.give_up(candidate.lost)
         self.present.follow(candidate.generation, candidate.members)
 
@@ -195,7 +193,7 @@ class Fleet:
             tries = self.backlog.hold(change)
             if own or (not failure.workload and tries >= TRIES):
                 self.backlog.refused(change)
-                self.present.note(partial(self.ledger.failed, change, self.current, failure.reason))
+                self.ledger.failed(change, self.current, failure.reason)
                 self.metrics.swapped(change.workload, "failed")
             else:
                 what = "Removal" if change.version is None else f"Version {change.version}"

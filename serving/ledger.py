@@ -1,8 +1,8 @@
 """What the fleet reads and writes down: what is desired, what came of it, and how often. Nothing is decided here.
 
-Only the fleet writes `state/`, `failed/` and `swaps.json`, so they are read once, at the start. That a version answers,
-and which processes there are, is told to others and promised to nobody: what cannot be written of it now, because the
-disk is full, is written at a later step, and no worker waits for it.
+Only the fleet writes `state/`, `failed/` and `swaps.json`, so they are read once, at the start, and what is known here
+is what counts. It is told to others and promised to nobody: what cannot be written of it now, because the disk is full,
+is written at a later step, and neither a worker nor the rest waits for it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ class Ledger:
         self._reached = {name: one for name, one in reached.items() if one.status == "serving"}
         self._refused = state.read(self.failures, State)
         self._counts = state.swaps(folder)
-        self._counted = True
-        """Whether `swaps.json` says what `_counts` does."""
         self._answering: Mapping[str, Desired] = {}
         """What was said to answer last."""
-        self._owed = False
-        """Something of that is not written yet."""
+        self._owed: dict[Path, None] = {}
+        """Files that do not say yet what is known here, in the order in which that came about."""
         self._workers: Sequence[Mapping[str, object]] = ()
         self._trouble: str | None = None
         """Why something could not be written; said once while it lasts."""
@@ -55,28 +53,30 @@ class Ledger:
     def settled(self, entries: Mapping[str, Desired]) -> None:
         """These versions answer: write it down where that is new."""
         self._answering = entries
-        self._settle()
+        for entry in entries.values():
+            self._serves(entry)
+        self._write()
 
     def failed(self, entry: Desired, current: Generation, reason: str) -> None:
-        """A version was refused. Raises OSError."""
+        """A version was refused."""
         serving = current.entries.get(entry.workload)
         version = serving.version if serving is not None else None
         refused = State(entry.workload, entry.version or 0, "failed", reason, now(), entry.asked, version)
-        state.write(self.failures, refused)
         self._refused[entry.workload] = refused
+        self._owe(self.failures, entry.workload)
         self._count(entry.workload, "failed")
-        self._settle()
+        self._write()
 
     def gone(self, workload: str) -> None:
-        """A workload is served no more, on purpose. Raises OSError."""
+        """A workload is served no more, on purpose."""
         self._answering = {name: entry for name, entry in self._answering.items() if name != workload}
         self._forget(workload)
+        self._write()
 
     def workers(self, described: Sequence[Mapping[str, object]]) -> bool:
         """Write down which processes there are, when that has changed; returns whether it had. Called at each step, so
         what an earlier one could not write is tried again first."""
-        if self._owed:
-            self._settle()
+        self._write()
         if described == self._workers:
             return False
         try:
@@ -87,18 +87,32 @@ class Ledger:
         self._workers = described
         return True
 
-    def _settle(self) -> None:
-        try:
-            for entry in self._answering.values():
-                self._serves(entry)
-            if not self._counted:
-                state.write_file(self.folder / "swaps.json", self._counts)
-                self._counted = True
-        except OSError as error:
-            self._owed = True
-            self._postpone(error)
+    def _owe(self, folder: Path, workload: str) -> None:
+        self._owed[folder / f"{workload}.json"] = None
+
+    def _write(self) -> None:
+        """Have the files say what is known. One that the disk does not take holds up no other."""
+        owed, trouble = list(self._owed), None
+        for path in owed:
+            try:
+                self._write_one(path)
+                del self._owed[path]
+            except OSError as error:
+                trouble = trouble or error
+        if trouble is not None:
+            self._postpone(trouble)
+        elif owed:
+            self._trouble = None
+
+    def _write_one(self, path: Path) -> None:
+        if path.parent == self.folder:
+            state.write_file(path, self._counts)
+            return
+        known = (self._refused if path.parent == self.failures else self._reached).get(path.stem)
+        if known is None:
+            state.remove(path.parent, path.stem)
         else:
-            self._owed, self._trouble = False, None
+            state.write(path.parent, known)
 
     def _serves(self, entry: Desired) -> None:
         workload, version, before = entry.workload, entry.version or 0, self._reached.get(entry.workload)
@@ -108,15 +122,15 @@ class Ledger:
         failure = self._refused.get(workload)
         if failure is not None and entry.asked not in ("", failure.asked) and (is_new or failure.version == version):
             # A refusal is remembered until another version answers, or the refused one does after all.
-            state.remove(self.failures, workload)
             del self._refused[workload]
+            self._owe(self.failures, workload)
         if before is None or is_new:
             replaced = before.version if before is not None else None
             reached = State(workload, version, "serving", "", now(), entry.asked, replaced)
         else:
             reached = replace(before, asked=entry.asked)
-        state.write(self.states, reached)
         self._reached[workload] = reached
+        self._owe(self.states, workload)
         if is_new:
             self._count(workload, "serving")
 
@@ -125,22 +139,19 @@ class Ledger:
         does not load is not asked for between two tries, and its failure stays."""
         listed = {one.name for one in repository.index(self.folder)}
         known = {*self._desired, *self._answering, *listed}
-        try:
-            for workload in {*self._reached, *self._refused} - known:
-                self._forget(workload)
-        except OSError as error:
-            self._postpone(error)
+        for workload in {*self._reached, *self._refused} - known:
+            self._forget(workload)
+        self._write()
 
     def _forget(self, workload: str) -> None:
-        state.remove(self.states, workload)
-        state.remove(self.failures, workload)
-        self._reached.pop(workload, None)
-        self._refused.pop(workload, None)
+        for folder, known in ((self.states, self._reached), (self.failures, self._refused)):
+            known.pop(workload, None)
+            self._owe(folder, workload)
 
     def _count(self, workload: str, outcome: str) -> None:
         of_workload = self._counts.setdefault(workload, {})
         of_workload[outcome] = of_workload.get(outcome, 0) + 1
-        self._counted = False
+        self._owe(self.folder, "swaps")
 
     def _postpone(self, error: OSError) -> None:
         if error.strerror != self._trouble:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from serving.backlog import Backlog
@@ -46,7 +45,6 @@ class Present:
         """Workers of earlier generations, which answer until every one of this does."""
         self._faults: Counter[str] = Counter()
         """How many workers in a row ended while they loaded a version that served, by workload; "": any version."""
-        self._unwritten: list[Callable[[], None]] = []
         self._start_at = self._wait = 0.0
 
     @property
@@ -108,16 +106,6 @@ class Present:
         if self._fault(workload, self.count):
             self._leave_out(workload, reason)
 
-    def note(self, write_down: Callable[[], None]) -> None:
-        """Have something written down that has come about: at once, or as soon as the disk takes it."""
-        self._unwritten.append(write_down)
-
-    def write_down(self) -> None:
-        """Write what is noted."""
-        while self._unwritten:
-            self._unwritten[0]()
-            del self._unwritten[0]
-
     def _fill(self) -> None:
         """Start the workers that lack. All are of one generation in the end: those that answer with an earlier one do
         so until the new ones do."""
@@ -176,9 +164,9 @@ class Present:
 
     def _say_failed(self, entry: Desired, reason: str) -> None:
         if entry.workload in self.ledger.desired():
-            self.note(partial(self.ledger.failed, entry, self.generation, reason))
+            self.ledger.failed(entry, self.generation, reason)
         else:
-            self.note(partial(self.ledger.gone, entry.workload))
+            self.ledger.gone(entry.workload)
 
     def _go_back(self) -> None:
         """Workers end before they say what they load: any version may be to blame that did not answer before."""

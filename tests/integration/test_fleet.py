@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -103,6 +104,10 @@ class Driven:
         members = self.fleet.members
         calm = {worker.phase for worker in members} == {"accepting"} and len(members) == self.fleet.count
         return calm and not self.fleet.present.old and set(self.fleet.current.entries) == set(names)
+
+    def told(self):
+        """The processes, as others read of them."""
+        return json.loads((self.folder / "workers.json").read_bytes())
 
     def failed(self):
         return set(state.read(self.folder / "failed", State))
@@ -276,6 +281,18 @@ def test_a_refusal_that_could_not_be_written_down_is_written_down_later(driven):
     driven.until(lambda: not driven.fleet._candidates)
     (driven.folder / "failed").unlink()
     driven.until(lambda: driven.failed() == {"one"})
+
+
+def test_what_cannot_be_written_down_of_a_version_keeps_nothing_else_from_being_told(driven):
+    driven.until(lambda: driven.serves(*NAMES))
+    (driven.folder / "failed").write_text("in the way")
+    driven.ask("one", 2, b"no model")
+    driven.until(lambda: driven.fleet._candidates)
+    driven.until(lambda: not driven.fleet._candidates)
+    driven.ask("two", 2)
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["two"] == 2)
+    driven.until(lambda: [one["pid"] for one in driven.told()] == [one.pid for one in driven.fleet.members])
+    driven.until(lambda: state.read(driven.folder / "state", State)["two"].version == 2)
 
 
 def test_what_could_not_be_forgotten_is_forgotten_later(driven):
