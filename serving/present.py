@@ -163,10 +163,13 @@ class Present:
             self._say_failed(entry, reason)
 
     def _say_failed(self, entry: Desired, reason: str) -> None:
-        if entry.workload in self.ledger.desired():
-            self.ledger.failed(entry, self.generation, reason)
-        else:
+        """Only of a version that is asked for: whoever asked waits for what came of just that, and it would be
+        overwritten by what came of its fallback."""
+        wanted = self.ledger.desired().get(entry.workload)
+        if wanted is None:
             self.ledger.gone(entry.workload)
+        elif wanted.asked == entry.asked:
+            self.ledger.failed(entry, self.generation, reason)
 
     def _go_back(self) -> None:
         """Workers end before they say what they load: any version may be to blame that did not answer before."""

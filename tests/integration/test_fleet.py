@@ -295,6 +295,22 @@ def test_what_cannot_be_written_down_of_a_version_keeps_nothing_else_from_being_
     driven.until(lambda: state.read(driven.folder / "state", State)["two"].version == 2)
 
 
+@pytest.mark.parametrize("started", [True, False], ids=["at a start", "while it runs"])
+def test_when_a_version_and_its_fallback_fail_the_refusal_of_what_was_asked_for_stays(driven, started):
+    driven.until(lambda: driven.serves(*NAMES))
+    driven.ask("one", 2, fallback_version=1, fallback_folder=str(driven.file("one").parent))
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["one"] == 2)
+    for version in (1, 2):
+        driven.file("one", version).write_bytes(b"no model")
+    if started:
+        driven.again()
+    else:
+        os.kill(driven.fleet.members[0].pid, signal.SIGKILL)
+    driven.until(lambda: driven.serves("two", "three", "four"))
+    refused = state.read(driven.folder / "failed", State)["one"]
+    assert (refused.version, refused.asked) == (2, "2")
+
+
 def test_what_could_not_be_forgotten_is_forgotten_later(driven):
     driven.until(lambda: driven.serves(*NAMES))
     file = driven.folder / "everywhere.json"
