@@ -148,9 +148,21 @@ class Fleet:
         for change in changes:
             generation = generation.changed(number, change.workload, None if change.version is None else change)
         generation, lost = loadable(generation, {change.workload for change in changes})
-        members = [self.present.start(generation) for _ in range(self.count)]
+        members = self._start(generation)
         candidate = Candidate(generation, changes, self.current.number, members, time.monotonic(), lost, restarts)
         self._candidates.append(candidate)
+
+    def _start(self, generation: Generation) -> list[Worker]:
+        """All workers of a generation, or none. Raises OSError."""
+        started: list[Worker] = []
+        try:
+            for _ in range(self.count):
+                started.append(self.present.start(generation))
+        except OSError:
+            for worker in started:
+                worker.kill()
+            raise
+        return started
 
     def _judge(self, candidate: Candidate) -> None:
         """Promote it, refuse it, or let it go on loading."""
@@ -179,13 +191,19 @@ class Fleet:
 
     def _promote(self, candidate: Candidate) -> None:
         self._candidates.remove(candidate)
+        changed = {change.workload for change in candidate.changes}
+        # Of what did not change the same may have been asked for anew meanwhile, which made no other generation.
+        entries = {
+            name: entry if name in changed else self.current.entries[name]
+            for name, entry in candidate.generation.entries.items()
+        }
         for change in candidate.changes:
             self.backlog.served(change)
             self.metrics.swapped(change.workload, "serving", time.monotonic() - candidate.began)
             if change.version is None:
                 self.ledger.gone(change.workload)
         self.present.give_up(candidate.lost)
-        self.present.follow(candidate.generation, candidate.members)
+        self.present.follow(replace(candidate.generation, entries=entries), candidate.members)
 
     def _refuse(self, changes: Sequence[Desired], failure: Failure) -> None:
         own = [change for change in changes if change.workload == failure.workload]

@@ -24,6 +24,8 @@ from serving.supervise import Failure, Plan, Worker
 STEADY_SECONDS = 5
 """A worker that lived this long is replaced at once; one that did not waits, longer each time."""
 LONGEST_WAIT = 5.0
+SLOW_SECONDS = 5.0
+"""A version that takes longer to load is not waited for at a start once another one is asked for."""
 TRIES = 3
 """Before a version, or a change, is given up that may not be what failed."""
 
@@ -65,6 +67,8 @@ class Present:
         for worker in [worker for worker in self.old if worker.failure is not None]:
             worker.close()
             self.old.remove(worker)
+        if not self.accepts:
+            self._pass_over()
         if len(self.members) < self.count and time.monotonic() >= self._start_at:
             self._fill()
         for worker in self.members:
@@ -105,6 +109,15 @@ class Present:
         """A generation that still has its version could not be loaded, for that version: leave it out after some."""
         if self._fault(workload, self.count):
             self._leave_out(workload, reason)
+
+    def _pass_over(self) -> None:
+        """Nothing new is tried before a worker accepts: what hangs and is asked for no more must not prevent it."""
+        for workload in [name for name, seconds in (one.loading for one in self.members) if seconds > SLOW_SECONDS]:
+            entry, wanted = self.generation.entries.get(workload), self.ledger.desired().get(workload)
+            if entry is not None and entry.asked and (wanted is None or wanted.asked != entry.asked):
+                reason = f"Version {entry.version} of {workload} is not asked for any more, and takes long to load."
+                logger.warning("%s", reason)
+                self._leave_out(workload, reason)
 
     def _fill(self) -> None:
         """Start the workers that lack. All are of one generation in the end: those that answer with an earlier one do

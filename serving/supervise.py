@@ -166,6 +166,12 @@ class Worker:
         """Whether a request may still come to it."""
         return self.phase in ("opening", "accepting") and not self.drained and self.failure is None
 
+    @property
+    def loading(self) -> tuple[str, float]:
+        """The workload whose version it loads, empty where it loads none, and for how many seconds by now."""
+        workload, _ = self._loading or ("", 0)
+        return workload, time.monotonic() - self._since
+
     def describe(self) -> dict[str, object]:
         """What a person wants to know of it."""
         phase = self.phase if self._retired is None else "leaving"
@@ -253,7 +259,7 @@ class Worker:
             self.drained = True
 
     def _ended(self, code: int) -> None:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        how = f"was ended by {_signal(-code)}" if code < 0 else f"ended with code {code}"
         if self._loading is None:
             self.failure = Failure(f"The worker {how} after {self.lived:.0f} s.")
         else:
@@ -277,6 +283,13 @@ class Worker:
             return int(psutil.Process(self.pid).memory_info().rss)
         except psutil.Error:
             return 0
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of those for real time only the first and the last have names
+        return f"signal {number}"
 
 
 def _search_path() -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from registry.bundle import write
 from serving import everywhere, state
 from serving.fleet import Fleet
 from serving.state import Desired, State
@@ -245,6 +246,48 @@ def test_what_answered_before_is_started_again_however_often_its_worker_ends(dri
     assert not driven.failed()
 
 
+def test_a_worker_that_is_ended_by_a_signal_without_a_name_is_replaced(driven):
+    driven.until(lambda: driven.serves(*NAMES))
+    (died,) = driven.fleet.members
+    os.kill(died.pid, signal.SIGRTMIN + 1)
+    driven.until(lambda: driven.serves(*NAMES) and driven.fleet.members != [died])
+    assert died.failure.reason.startswith(f"The worker was ended by signal {signal.SIGRTMIN + 1} after ")
+
+
+def test_of_workers_that_cannot_all_be_started_none_is_left(driven, monkeypatch):
+    driven.again(2)
+    driven.until(lambda: driven.serves(*NAMES))
+    present, started = driven.fleet.present, []
+    start = present.start
+
+    def failing(generation):
+        if len(started) == 1:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(start(generation))
+        return started[-1]
+
+    driven.ask("one", 2)
+    with monkeypatch.context() as refused:
+        refused.setattr(present, "start", failing)
+        with pytest.raises(BlockingIOError):
+            for _ in range(100):
+                driven.fleet.step()
+    assert started[0].ended
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["one"] == 2)
+
+
+def test_a_version_that_hangs_at_a_start_is_not_waited_for_once_another_one_is_asked_for(driven, monkeypatch):
+    monkeypatch.setattr("serving.present.SLOW_SECONDS", 0.5)
+    driven.until(lambda: driven.serves(*NAMES))
+    driven.hang("two")
+    driven.again()
+    driven.until(lambda: driven.loading("two"))
+    driven.ask("two", 2)
+    driven.until(lambda: driven.serves(*NAMES))
+    assert driven.versions()["two"] == 2
+    assert not driven.failed()
+
+
 def test_a_model_that_goes_and_comes_back_as_it_was_is_loaded(driven):
     driven.until(lambda: driven.serves(*NAMES))
     (driven.models / "one").rename(driven.models / ".one")
@@ -271,6 +314,26 @@ def test_after_a_restart_what_answered_before_answers_while_the_rest_is_tried(dr
     driven.until(lambda: driven.serves(*NAMES))
     assert driven.versions()["one"] == 1
     assert driven.fleet.current.missing == ("five",)
+
+
+def test_what_is_asked_for_anew_while_another_change_loads_stays_answered(driven, tmp_path, make_contents):
+    def ask(asked):
+        bundle = Desired("trips", 1, str(tmp_path / "trips"), asked, content="same")
+        state.write(driven.folder / "desired", bundle)
+
+    def answered():
+        return state.read(driven.folder / "state", State)["trips"].asked
+
+    write(tmp_path / "trips", make_contents())
+    ask("first")
+    driven.until(lambda: driven.serves(*NAMES, "trips"))
+    ask_hanging(driven, "five")
+    driven.until(lambda: driven.loading("five"))
+    ask("back")  # as when a version that was to follow it is refused
+    driven.until(lambda: answered() == "back")
+    driven.let_go("five")
+    driven.until(lambda: driven.serves(*NAMES, "trips", "five"))
+    assert answered() == "back"
 
 
 def test_a_refusal_that_could_not_be_written_down_is_written_down_later(driven):
