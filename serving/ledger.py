@@ -137,8 +137,7 @@ class Ledger:
     def _forget_others(self) -> None:
         """What came of names that nobody asks for and nothing answers any more goes. A model of the repository that
         does not load is not asked for between two tries, and its failure stays."""
-        listed = {one.name for one in repository.index(self.folder)}
-        known = {*self._desired, *self._answering, *listed}
+        known = {*self._desired, *self._answering, *repository.listed(self.folder)}
         for workload in {*self._reached, *self._refused} - known:
             self._forget(workload)
         self._write()

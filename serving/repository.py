@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from noria.errors import ServiceError
@@ -52,22 +52,13 @@ class Fault:
     """When it is tried again."""
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A version of the repository, as operators see it."""
-
-    name: str
-    version: int
-    ready: bool
-    reason: str = ""
-
-
-def index(folder: Path) -> list[Listed]:
-    """The repository's versions, as the parent of the server in `folder` saw them last."""
+def listed(folder: Path) -> list[str]:
+    """Names of the repository's models, as the parent of the server in `folder` saw them last. Raises OSError."""
     try:
-        return [Listed(**entry) for entry in json.loads((folder / "repository.json").read_bytes())]
+        names: list[str] = json.loads((folder / "repository.json").read_bytes())
     except FileNotFoundError:
         return []
+    return names
 
 
 class Repository:
@@ -88,7 +79,7 @@ class Repository:
         self._asking: set[int] = set()
         """Generations of those that may still be asked."""
         self._said: set[str] = set()
-        self._listed: list[Listed] | None = None
+        self._listed: list[str] | None = None
         self._growing = False
         """A file may still be written."""
         self._settled_before = time.time_ns() - int(SETTLED_SECONDS * 1e9)
@@ -96,11 +87,15 @@ class Repository:
 
     def start(self, stop: threading.Event) -> None:
         """Look until all files are whole: the first workers load them, so nothing is said to be ready without them. One
-        that is written for longer than START_SECONDS is left for later, and so is all when `stop` is set."""
+        that is written for longer than START_SECONDS is left for later, and so is all when `stop` is set, or when the
+        disk is full."""
         until = time.monotonic() + START_SECONDS
-        self.step()
-        while self._growing and time.monotonic() < until and not stop.wait(LOOK_SECONDS):
+        try:
             self.step()
+            while self._growing and time.monotonic() < until and not stop.wait(LOOK_SECONDS):
+                self.step()
+        except OSError as error:
+            logger.error("The model repository is looked at again soon, for something failed (%s).", error)
 
     def step(self) -> float:
         """Look once, and act on what has changed and on the orders that wait; returns the seconds after which to look
@@ -127,7 +122,7 @@ class Repository:
             if entry.plain and (gone or name in self._unloaded):
                 state.remove(self.desired_folder, name)
         self._seen = marks
-        self._list(found.models)
+        self._list(sorted(found.models))
         self._look_at_workers()
         self._answer(waiting, found.models)
 
@@ -197,18 +192,10 @@ class Repository:
     def _folder(self, name: str, number: int) -> str:
         return str((self.source or Path()).absolute() / name / str(number))
 
-    def _list(self, found: Mapping[str, Versions]) -> None:
-        states = state.read(self.folder / "state", State)
-        listed = []
-        for name, versions in sorted(found.items()):
-            for number in sorted(versions):
-                reached, fault = states.get(name), self._faults.get((name, number))
-                ready = reached is not None and reached.version == number and name not in self._unloaded
-                reason = "unloaded" if name in self._unloaded else fault.reason if fault is not None else ""
-                listed.append(Listed(name, number, ready, "" if ready else reason))
-        if listed != self._listed and self.source is not None:
-            state.write_file(self.folder / "repository.json", [asdict(entry) for entry in listed])
-        self._listed = listed
+    def _list(self, names: list[str]) -> None:
+        if names != self._listed and self.source is not None:
+            state.write_file(self.folder / "repository.json", names)
+        self._listed = names
 
     # Orders
 

@@ -145,7 +145,7 @@ def test_what_came_of_a_name_that_nobody_asks_for_goes(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.settled({name: entry for name, entry in ledger.desired().items() if name != "bad"})
     ledger.failed(ledger.desired()["bad"], Generation(1), "It hangs.")
-    state.write_file(tmp_path / "repository.json", [{"name": "bad", "version": 1, "ready": False}])
+    state.write_file(tmp_path / "repository.json", ["bad"])
     state.remove(tmp_path / "desired", "bad")
     ledger.desired()
     assert list(state.read(tmp_path / "failed", State)) == ["bad"], "it is there, and tried again later"

@@ -154,6 +154,22 @@ def test_the_start_waits_for_files_that_are_written_but_not_for_ever(tmp_path, m
         assert asked["growing"].asked.startswith("1-4-")
 
 
+def test_a_start_on_a_full_disk_goes_on_and_the_next_look_tries_again(tmp_path, caplog):
+    source, folder = tmp_path / "models", tmp_path / "serving"
+    (source / "whole" / "1").mkdir(parents=True)
+    (source / "whole" / "1" / "model.onnx").write_bytes(b"m")
+    Repository(source, folder).start(threading.Event())
+    aside = folder / f"repository.json.{os.getpid()}.aside"
+    aside.mkdir()  # no file can be written there
+    (source / "whole").rename(source / "renamed")
+    started = Repository(source, folder)
+    started.start(threading.Event())
+    assert caplog.text.count("The model repository is looked at again soon") == 1
+    aside.rmdir()
+    started.step()
+    assert repository.listed(folder) == ["renamed"]
+
+
 def test_a_start_with_whole_files_or_none_does_not_wait_and_one_that_is_to_end_neither(tmp_path):
     source, stop = tmp_path / "models", threading.Event()
     stop.wait = lambda timeout=None: pytest.fail("it waits")  # type: ignore[method-assign]
