@@ -56,8 +56,12 @@ def compared(site: Site, workload: Workload, window: Window) -> Comparison:
 
 
 def standing(site: Site) -> dict[str, Status]:
-    """How each workload's shadow stands, where the server runs on this machine; empty where it does not."""
-    return shadow_state.read(site.settings.serving / "shadow" / "status.json", Status)
+    """How each workload's shadow stands, where the server runs on this machine; empty where it does not, or where that
+    cannot be read now."""
+    try:
+        return shadow_state.read(site.settings.serving / "shadow" / "status.json", Status)
+    except OSError:
+        return {}
 
 
 def table(found: Comparison, unit: str) -> Table:

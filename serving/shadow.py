@@ -63,13 +63,14 @@ class Shadow:
         self.feed = Feed(self.folder)
         self.stopping = threading.Event()
         self._loaded: dict[str, Challenger] = {}
-        self._reached = shadow_state.read(self.folder / "state.json", Reached)
-        shutil.rmtree(self.folder / "writing", ignore_errors=True)
-        (self.folder / "writing").mkdir()
+        self._reached: dict[str, Reached] = {}
+        self._begun = False
 
     def step(self) -> bool:
         """Follow the asks, then score one waiting segment of each workload; returns whether there was one."""
         self.beat()
+        if not self._begun:
+            self._begin()
         self._follow(shadow_state.read(self.folder / "asked.json", Ask))
         worked = False
         for workload, challenger in self._loaded.items():
@@ -82,6 +83,13 @@ class Shadow:
     def beat(self) -> None:
         """Tell the parent that this process gets on."""
         (self.folder / "alive").touch()
+
+    def _begin(self) -> None:
+        """Go on from where the process before this one came to. In a step, for what fails is tried again there."""
+        self._reached = shadow_state.read(self.folder / "state.json", Reached)
+        shutil.rmtree(self.folder / "writing", ignore_errors=True)
+        (self.folder / "writing").mkdir()
+        self._begun = True
 
     def _follow(self, asks: dict[str, Ask]) -> None:
         for workload in set(self._loaded) - set(asks):

@@ -7,7 +7,7 @@ Not here: the counting itself (`serving.shadow`, `serving.feed`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,38 +17,41 @@ from serving.shadow_state import Reached, Status
 
 
 class ShadowCounts:
-    """The counts of one home. What was there before it was made, an earlier process has counted."""
+    """The counts of one home. What was there at the first look, an earlier process has counted."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is the server's."""
         self.folder = folder / "shadow"
-        self._reached = shadow_state.read(self.folder / "state.json", Reached)
-        self._status = shadow_state.read(self.folder / "status.json", Status)
+        self._last: tuple[Mapping[str, Reached], Mapping[str, Status]] | None = None
 
     def look(self, metrics: Metrics) -> None:
         """Add what has happened since the last look, and tell what waits."""
-        reached = shadow_state.read(self.folder / "state.json", Reached)
+        try:
+            reached = shadow_state.read(self.folder / "state.json", Reached)
+            status = shadow_state.read(self.folder / "status.json", Status)
+        except OSError:  # `serving.shadowing` reads them, too, and says so; the next look counts what this one missed
+            return
+        was_reached, was_status = self._last or (reached, status)
+        self._last = reached, status
         for workload, now in reached.items():
-            before = self._reached.get(workload)
+            before = was_reached.get(workload)
             if before is None or before.asked != now.asked:
                 before = Reached(now.version, now.asked, "loading")
             runs = _rises(now.runs, before.runs)
             scored, failed = now.rows - before.rows, now.errors - before.errors
             metrics.shadowed(workload, now.version, scored=scored, failed=failed, runs=runs)
-        status = shadow_state.read(self.folder / "status.json", Status)
         for workload, stands in status.items():
-            was = self._status.get(workload)
+            was = was_status.get(workload)
             if was is not None and stands.asked and was.asked != stands.asked:
                 was = None  # another challenger, whose counts begin anew
             dropped = _rise(stands.dropped, was.dropped if was else 0)
             restarts = _rise(stands.restarts, was.restarts if was else 0)
             metrics.shadowed(workload, stands.version, dropped=dropped)
             metrics.shadow_stands(workload, failed=stands.status == "failed", restarts=restarts)
-        for workload in self._status.keys() - status.keys():  # no challenger any more
+        for workload in was_status.keys() - status.keys():  # no challenger any more
             metrics.shadow_stands(workload, failed=False, restarts=0)
-        for workload in {*reached, *status, *self._reached}:
+        for workload in {*reached, *status, *was_reached}:
             metrics.shadow_waits(workload, *self._waiting(workload))
-        self._reached, self._status = reached, status
 
     def _waiting(self, workload: str) -> tuple[int, float | None]:
         """Rows that wait or are being scored, and when the oldest of them were logged, seconds since 1970."""

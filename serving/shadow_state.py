@@ -100,10 +100,11 @@ def write(path: Path, records: Mapping[str, Record]) -> None:
 
 
 def read(path: Path, kind: type[Record]) -> dict[str, Record]:
-    """By workload; empty when there is no such file, and without the entries that are not of this kind."""
+    """By workload; empty when there is no such file, and without the entries that are not of this kind. Raises OSError
+    where it cannot be read now: nothing is known then, least of all that there is none."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     found: dict[str, Record] = {}
     for name, data in content.items():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,6 +156,65 @@ def test_what_a_shadow_does_is_counted_for_prometheus(home):
     counts = ShadowCounts(home.folder)
     counts.look(later)
     assert later.numbers()["noria_shadow_rows_total"]["trips", "2", "scored"] == [0], "counted by the one before"
+
+
+@contextmanager
+def unreadable(path):
+    """A folder in the place of a file: whoever runs the tests may read everything else."""
+    aside = path.rename(path.with_name("aside"))
+    path.mkdir()
+    try:
+        yield
+    finally:
+        path.rmdir()
+        aside.rename(path)
+
+
+def test_what_cannot_be_read_for_a_moment_is_not_counted_once_more(home):
+    metrics, counts, state = Metrics(), ShadowCounts(home.folder), home.folder / "shadow" / "state.json"
+
+    def scored():
+        counts.look(metrics)
+        return metrics.numbers()["noria_shadow_rows_total"]["trips", "2", "scored"]
+
+    shadow = Shadow(home.folder)
+    shadow.step()
+    assert scored() == [0]
+    home.answer()
+    home.move()
+    assert shadow.step()
+    assert scored() == [2]
+    with unreadable(state):
+        assert scored() == [2]
+    assert scored() == [2]
+    with unreadable(state):
+        counts = ShadowCounts(home.folder)
+        assert scored() == [2]
+    assert scored() == [2], "an earlier process has counted it"
+
+
+def test_a_shadow_that_cannot_read_its_files_for_a_moment_forgets_nothing(home):
+    asked, state = (home.folder / "shadow" / name for name in ("asked.json", "state.json"))
+    shadow, offered = Shadow(home.folder), {}
+    for _ in range(2):
+        home.answer()
+        home.move()
+        (path,) = (home.folder / "shadow" / "waiting" / "trips").iterdir()
+        offered[path] = path.read_bytes()
+        assert shadow.step()
+    before, written = state.read_bytes(), state.stat().st_mtime_ns
+    with unreadable(asked), pytest.raises(IsADirectoryError):
+        shadow.step()
+    assert not shadow.step()
+    assert state.stat().st_mtime_ns == written, "the challenger was loaded once more"
+    with unreadable(state):
+        shadow = Shadow(home.folder)
+        with pytest.raises(IsADirectoryError):
+            shadow.step()
+    for path, content in offered.items():
+        path.write_bytes(content)
+        shadow.step()
+    assert (home.reached().rows, home.reached().since) == (4, orjson.loads(before)["trips"]["since"])
 
 
 def test_training_and_watching_never_see_shadow_rows(home):
