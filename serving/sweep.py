@@ -24,6 +24,8 @@ def sweep(bundles: Path, named: Mapping[str, Collection[int]], young: float = YO
     Returns what was removed.
     """
     removed = []
+    for left in bundles.glob("*/.gone-*"):  # of a removal that did not come to its end
+        shutil.rmtree(left, ignore_errors=True)
     for workload in sorted(path for path in bundles.glob("*") if path.is_dir()):
         numbers = sorted(int(path.name) for path in workload.glob("*") if path.name.isdigit())
         for number in numbers[:-KEEP]:
@@ -38,7 +40,6 @@ def _remove(target: Path) -> bool:
     aside = target.with_name(f".gone-{target.name}")
     try:
         with FileLock(target.parent / f".{target.name}.lock", timeout=0):
-            shutil.rmtree(aside, ignore_errors=True)
             target.rename(aside)
     except Timeout:
         return False

@@ -126,6 +126,13 @@ def test_bundles_that_are_named_new_or_young_stay(tmp_path):
     assert sorted(path.name for path in (tmp_path / "trips").iterdir() if path.is_dir()) == ["2", "3", "5", "6"]
 
 
+def test_what_was_removed_by_half_when_the_server_was_killed_goes(tmp_path):
+    (tmp_path / "trips" / ".gone-1" / "noria").mkdir(parents=True)
+    (tmp_path / "trips" / "2").mkdir()
+    assert sweep(tmp_path, {"trips": {2}}) == []
+    assert [path.name for path in (tmp_path / "trips").iterdir()] == ["2"]
+
+
 class Growing(threading.Event):
     """Never set, and with each wait a file has grown."""
 
