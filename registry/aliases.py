@@ -44,11 +44,6 @@ def registered(store: Store) -> dict[str, Registered]:
                 return found
 
 
-def aliases(store: Store) -> dict[str, dict[str, int]]:
-    """By registered model, the version that each of its aliases names. Raises RegistryError as `registered` does."""
-    return {name: dict(model.aliases) for name, model in registered(store).items()}
-
-
 def keep_previous(store: Store, workload: str, champion: int, previous: int | None, replaced: int) -> None:
     """Whoever moved the champion, the way back leads to the version that answered before, `replaced`; unless an alias
     has moved since, from `champion` and `previous`, which somebody did on purpose.
@@ -56,10 +51,15 @@ def keep_previous(store: Store, workload: str, champion: int, previous: int | No
     Raises:
         RegistryError: MLflow does not answer.
     """
-    named = aliases(store).get(workload, {})
+    named = _named(store, workload)
     if (named.get("champion"), named.get("previous")) != (champion, previous) or replaced == previous:
         return
     store.move(workload, "previous", replaced)
     # A promotion of just that version may have come between: then the way back leads to this one.
-    if aliases(store).get(workload, {}).get("champion") == replaced:
+    if _named(store, workload).get("champion") == replaced:
         store.move(workload, "previous", champion)
+
+
+def _named(store: Store, workload: str) -> Mapping[str, int]:
+    model = registered(store).get(workload)
+    return {} if model is None else model.aliases

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from noria.errors import BundleError, RegistryError
-from registry.aliases import Registered, keep_previous, registered
+from registry.aliases import Registered, registered
 from registry.manifest import digest_of, verify
 from registry.store import PREFIX, Store
 from serving import state
@@ -98,7 +98,7 @@ class Reconciler:
             self._sweep(found)
 
     def _look(self) -> None:
-        """Read the files once a step, however many models are registered."""
+        """Read the files: once a step and once a fetch, however many models are registered."""
         self._desired = state.read(self.desired_folder, Desired)
         self._states = state.read(self.folder / "state", State)
         self._failures = state.read(self.folder / "failed", State)
@@ -170,6 +170,8 @@ class Reconciler:
         folder, content = str(bundle.folder), digest_of(bundle.folder)
         if held == content and workload not in self._handled and not again:
             return True  # an earlier process asked for it
+        self._look()  # a fetch takes its time, and what was asked for before may answer by now
+        self._hear(workload)
         back = self._back(workload)
         last = _fallback(back) if back.folder == folder else back
         asked = Desired(workload, number, folder, uuid.uuid4().hex, last.version, last.folder, content=content)
@@ -180,13 +182,10 @@ class Reconciler:
         """What serves now, and serves on when the next version does not."""
         pending, reached = self._pending.get(workload), self._states.get(workload)
         if pending is not None and pending.origin == "new":
-            back = pending.back
-        else:
-            back, failed = self._desired.get(workload, Desired(workload, None)), self._failures.get(workload)
-            unproven = reached is not None and reached.version != back.version
-            if unproven or (failed is not None and failed.asked == back.asked):
-                back = _fallback(back)
-        return back
+            return pending.back
+        back, failed = self._desired.get(workload, Desired(workload, None)), self._failures.get(workload)
+        unproven = reached is not None and reached.version != back.version
+        return _fallback(back) if unproven or (failed is not None and failed.asked == back.asked) else back
 
     def _request(self, pending: Pending) -> None:
         """Ask the workers; what they were asked for before and have not loaded yet is not wanted any more."""
@@ -198,16 +197,19 @@ class Reconciler:
 
     # What the workers say
 
-    def _settle(self, workload: str) -> None:
+    def _hear(self, workload: str) -> None:
         """Act on the workers' answer, when there is one."""
         pending = self._pending.get(workload)
         failed, reached = self._failures.get(workload), self._states.get(workload)
-        if pending is not None:
-            if failed is not None and failed.asked == pending.desired.asked:
-                self._refuse(pending, failed.reason)
-            elif reached is not None and reached.asked == pending.desired.asked:
-                self._served(pending, reached)
-        entry = self._desired[workload]
+        if pending is not None and failed is not None and failed.asked == pending.desired.asked:
+            self._refuse(pending, failed.reason)
+        elif pending is not None and reached is not None and reached.asked == pending.desired.asked:
+            self._served(pending, reached)
+
+    def _settle(self, workload: str) -> None:
+        """Act on the workers' answer, and on their word that what they answered with does not load any more."""
+        self._hear(workload)
+        entry, failed = self._desired[workload], self._failures.get(workload)
         if failed is not None and failed.asked == entry.asked and workload not in self._pending:
             self._repair(entry, failed.reason)
 
@@ -217,16 +219,12 @@ class Reconciler:
         self._retry_at.pop((workload, number), None)
         anew = pending.back.version == number and pending.back.content != pending.desired.content
         replaced = None if anew else reached.replaced  # was a version that this registry does not know
-        if replaced is None:
-            self.telling.report(workload, number, f"serving since {reached.since}")
-        else:
-            self.telling.report(workload, number, f"serving since {reached.since}, replaced version {replaced}")
+        instead = "" if replaced is None else f", replaced version {replaced}"
+        self.telling.report(workload, number, f"serving since {reached.since}{instead}")
+        if replaced is not None:
             self.telling.report(workload, replaced, f"replaced by version {number} at {reached.since}")
             if pending.origin == "new":
-                try:
-                    keep_previous(self.store, workload, number, pending.previous, replaced)
-                except RegistryError as error:
-                    logger.warning("The alias previous of %s could not be set: %s", workload, error)
+                self.telling.lead_back(workload, number, pending.previous, replaced)
 
     def _refuse(self, pending: Pending, reason: str) -> None:
         """Go back to what served before; but a version that is not new may be sound, and only its copy on this disk or

@@ -23,8 +23,8 @@ from serving import shadow_state
 from serving.feed import Feed
 from serving.shadow_process import Process
 from serving.shadow_state import Ask, Reached, Status
+from serving.telling import Telling
 
-TAG = "noria.serving"
 SHARE_TAG = "noria.shadow_share"
 LOOK_SECONDS = 2.0
 """How often serve() should call `step`."""
@@ -43,6 +43,7 @@ class Shadowing:
         """Once `stop` is set a step ends with the call that it is in."""
         self.store, self.bundles, self.folder = store, bundles, folder / "shadow"
         self.stopping = stop or threading.Event()
+        self.telling = Telling(store, self.stopping)
         self.feed = Feed(self.folder)
         self.process = Process(folder)
         self._asks = shadow_state.read(self.folder / "asked.json", Ask)
@@ -54,6 +55,7 @@ class Shadowing:
         self._troubles: dict[str, str] = {}
         """What is wrong with a workload's share."""
         self._said: dict[tuple[str, int], str] = {}
+        """What was reported last, by workload and version."""
         self._retry_at: dict[str, float] = {}
         self._unreachable = ""
         for workload, status in shadow_state.read(self.folder / "status.json", Status).items():
@@ -71,9 +73,12 @@ class Shadowing:
             if str(error) != self._unreachable:
                 logger.warning("%s Shadowing goes on with what was fetched.", error)
             self._unreachable = str(error)
+        if self.stopping.is_set():
+            return
         self.feed.forget_others(self._asks)
         self._keep_process()
         self._tell()
+        self.telling.say()
 
     def stop(self) -> None:
         """End the process."""
@@ -88,8 +93,10 @@ class Shadowing:
             if model is None or model.aliases.get("challenger") != asked or model.aliases.get("champion") == asked:
                 self._end(workload, asked, model)
         for workload, model in models.items():
-            number = model.aliases.get("challenger")
-            if number is not None and number != model.aliases.get("champion") and workload not in self._failed:
+            number, champion = model.aliases.get("challenger"), model.aliases.get("champion")
+            if champion is not None:
+                self.telling.withdraw(workload, champion)  # what serves is told by `serving.reconcile`
+            if number is not None and number != champion and workload not in self._failed:
                 self._ask(workload, number, self._share(workload, model))
         self._save()
 
@@ -125,7 +132,7 @@ class Shadowing:
         self._retry_at.pop(workload, None)
         self.feed.forget(workload)
         if model is None or model.aliases.get("champion") == number:
-            self._said.pop((workload, number), None)  # what serves is told by `serving.reconcile`
+            self._said.pop((workload, number), None)
         elif shadowed:
             self._say(workload, number, f"stopped shadowing at {shadow_state.now()}")
             self._said.pop((workload, number), None)  # it may come back
@@ -236,14 +243,7 @@ class Shadowing:
         )
 
     def _say(self, workload: str, number: int, sentence: str) -> None:
-        """Tag the version, once a sentence; what MLflow does not take now is said at the next step."""
-        if self.stopping.is_set() or self._said.get((workload, number)) == sentence:
-            return
-        try:
-            self.store.tag(self.store.get(workload, number), {TAG: sentence[:4000]})
-        except RegistryError as error:
-            logger.warning("The tag %s of %s version %s is not set: %s", TAG, workload, number, error)
-            return
-        self._said[workload, number] = sentence
-        level = logging.ERROR if sentence.startswith("failed") else logging.INFO
-        logger.log(level, "%s version %s %s", workload, number, sentence)
+        """Once a sentence."""
+        if self._said.get((workload, number)) != sentence:
+            self._said[workload, number] = sentence
+            self.telling.report(workload, number, sentence)

@@ -153,15 +153,21 @@ def test_a_whole_copy_is_asked_for_again_without_the_registry_with_pauses(store,
 
 
 class Refusing(Store):
-    """Takes no tags, for as long as `left` says."""
+    """Takes no tags, for as long as `left` says, and moves no alias, for as long as `unmoved` does."""
 
-    left = 2
+    left, unmoved = 2, 0
 
     def tag(self, version, tags):
         if self.left:
             self.left -= 1
             raise RegistryError("MLflow refused: 500")
         super().tag(version, tags)
+
+    def move(self, workload, alias, number):
+        if self.unmoved:
+            self.unmoved -= 1
+            raise RegistryError("MLflow refused: 500")
+        super().move(workload, alias, number)
 
 
 def test_a_tag_that_was_not_taken_is_written_later(mlflow_url, store, register, tmp_path, caplog):
@@ -175,6 +181,20 @@ def test_a_tag_that_was_not_taken_is_written_later(mlflow_url, store, register, 
     followed.reconciler.telling.report("untold", 77, "serving since never")
     followed.serve("untold")
     assert "replaced version 1" in store.get("untold", 2).tags[TAG], "one that is gone holds up no other"
+
+
+def test_an_alias_that_could_not_be_moved_is_moved_later(mlflow_url, store, register, tmp_path, caplog):
+    followed = Followed(Refusing(mlflow_url), tmp_path)
+    followed.reconciler.store.left = 0
+    champion(store, register, followed, "unmoved")
+    store.move("unmoved", "champion", 2)
+    followed.reconciler.step()
+    followed.reconciler.store.unmoved = 2
+    followed.serve("unmoved")
+    assert store.version("unmoved", "previous") is None
+    followed.until(lambda: store.version("unmoved", "previous") is not None)
+    assert store.version("unmoved", "previous").number == 1
+    assert caplog.text.count("The alias previous of unmoved is not set yet") == 1
 
 
 def test_a_poll_reads_the_same_however_many_models_others_registered(store, register, followed, monkeypatch):
@@ -292,6 +312,36 @@ def test_an_alias_that_moves_on_while_a_version_loads_is_followed_at_once(store,
     assert "It hangs." in store.get("moving", 2).tags[TAG]
 
 
+class Meanwhile(Store):
+    """Something happens while it fetches a version."""
+
+    act = None
+
+    def fetch(self, version, folder):
+        fetched = super().fetch(version, folder)
+        if self.act is not None:
+            self.act()
+        return fetched
+
+
+def test_a_version_that_begins_to_answer_while_the_next_is_fetched_is_what_serves(
+    mlflow_url, store, register, tmp_path
+):
+    followed = Followed(Meanwhile(mlflow_url), tmp_path)
+    champion(store, register, followed, "between", versions=3)
+    store.move("between", "champion", 2)
+    followed.reconciler.step()
+    second = followed.asked("between")
+    followed.reconciler.store.act = lambda: followed.ledger.settled({"between": second})
+    store.move("between", "champion", 3)
+    followed.reconciler.step()
+    third = followed.asked("between")
+    assert (third.version, third.fallback_version, third.fallback_folder) == (3, 2, second.folder)
+    followed.fail("between", "It hangs.")
+    assert (followed.asked("between").version, followed.asked("between").folder) == (2, second.folder)
+    assert "replaced version 1" in store.get("between", 2).tags[TAG]
+
+
 def test_a_server_that_ends_asks_the_registry_for_nothing_more(mlflow_url, store, register, tmp_path):
     class Counting(Store):
         asked = 0
@@ -307,6 +357,46 @@ def test_a_server_that_ends_asks_the_registry_for_nothing_more(mlflow_url, store
     followed = Followed(Counting(mlflow_url), tmp_path)
     followed.reconciler.step()
     assert Counting.asked == 1
+
+
+def test_a_server_that_ends_starts_no_shadow(mlflow_url, store, register, tmp_path):
+    register("ended")
+    store.move("ended", "challenger", 1)
+    fetching = Meanwhile(mlflow_url)
+    side = shadowing.Shadowing(fetching, tmp_path / "bundles", tmp_path / "serving")
+    fetching.act = side.stopping.set
+    try:
+        side.step()
+        assert side.process._process is None
+    finally:
+        side.stop()
+        store.drop("ended", "challenger")
+
+
+def test_a_tag_of_a_shadow_that_is_not_taken_is_said_once_and_not_after_its_promotion(
+    mlflow_url, store, register, tmp_path, caplog
+):
+    register("promoted")
+    store.move("promoted", "challenger", 1)
+    refusing = Refusing(mlflow_url)
+    refusing.left = 10**6
+    side = shadowing.Shadowing(refusing, tmp_path / "bundles", tmp_path / "serving")
+    try:
+        end = time.monotonic() + 120  # its process runs only when nothing else does
+        while "of promoted version 1 is not set" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+            side.step()
+        for _ in range(3):
+            side.step()
+        assert caplog.text.count("of promoted version 1 is not set") == 1
+        store.move("promoted", "champion", 1)
+        refusing.left = 0
+        for _ in range(3):
+            side.step()
+        assert TAG not in store.get("promoted", 1).tags, "what serves is told by others"
+    finally:
+        side.stop()
 
 
 def test_a_model_that_is_somebody_elses_is_left_alone_under_any_name(store, followed):
