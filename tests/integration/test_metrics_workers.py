@@ -67,6 +67,14 @@ class Workers:
         samples = {(one.name, *sorted(one.labels.items())): one.value for each in families for one in each.samples}
         return samples, {family.name for family in families}
 
+    def shown(self, condition, seconds=60.0):
+        """The page, once its samples fulfil the condition: each worker writes its numbers once a second."""
+        end = time.monotonic() + seconds
+        while not condition((page := self.page())[0]):
+            assert time.monotonic() < end, page[0]
+            time.sleep(0.1)
+        return page
+
 
 @pytest.fixture
 def workers(tmp_path, make_contents):
@@ -89,6 +97,11 @@ def total(samples, name="noria_requests_total", **labels):
     )
 
 
+def writers(samples):
+    """The workers whose numbers are there."""
+    return {dict(key[1:])["worker"] for key in samples if key[0] == "process_open_fds"}
+
+
 def lasting(samples):
     return {
         key: value
@@ -102,11 +115,12 @@ def test_one_page_for_all_workers(workers):
     workers.start("w2")
     answered = workers.predict(60)
     assert answered == 60
-    time.sleep(1.5)  # each writes its numbers once a second
-    seen, names = workers.page()
+    seen, names = workers.shown(
+        lambda seen: total(seen, route="predict", status="200") == 60 and len(writers(seen)) == 2
+    )
     assert total(seen, route="predict", workload="trips", version="1", status="200") == 60
     assert total(seen, "noria_rows_total") == 180
-    assert {dict(key[1:])["worker"] for key in seen if key[0] == "process_open_fds"} == {"w1", "w2"}
+    assert writers(seen) == {"w1", "w2"}
     assert total(seen, "noria_model_info", workload="trips", version="1", provider="cpu") == 1
     counters = {family.name.removesuffix("_total") for family in FAMILIES}
     assert {name.removesuffix("_total") for name in names} == counters
@@ -122,9 +136,7 @@ def test_one_page_for_all_workers(workers):
             fallen = {key for key, value in lasting(before).items() if now.get(key, 0) < value}
             assert not fallen
             before = now
-        time.sleep(1.5)
-        seen, _ = workers.page()
-        assert total(seen, route="predict", status="200") == answers + 20
+        workers.shown(lambda seen, all=answers + 20: total(seen, route="predict", status="200") == all)
     files = sorted(path.name for path in (workers.folder / "metrics").iterdir() if path.suffix == ".json")
     assert files == ["after-w1.json", "after-w2.json", "retired.json"]
 

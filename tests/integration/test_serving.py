@@ -45,8 +45,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait(condition, seconds=30.0, what=""):
-    """Seconds until the condition held."""
+def wait(condition, seconds=60.0, what=""):
+    """Seconds until the condition held. Patient, for what else the machine does may hold up everything."""
     began = time.monotonic()
     while True:
         try:
@@ -108,8 +108,19 @@ class Server:
         self.process.wait()
 
     def worker(self):
-        (worker,) = self.workers()
-        return worker
+        """The one that answers; the one before it may be about to end."""
+        found = []
+
+        def alone():
+            found[:] = self.workers()
+            return len(found) == 1
+
+        wait(alone, what="one worker that answers")
+        return found[0]
+
+    def asked(self):
+        """Names what the workers were asked for last."""
+        return orjson.loads((self.home / "serving" / "desired" / "trips.json").read_bytes())["asked"]
 
     def workers(self, phase="accepting", loading=""):
         described = orjson.loads((self.home / "serving" / "workers.json").read_bytes())
@@ -126,7 +137,7 @@ class Server:
         return self.status().get("version")
 
     def settle(self):
-        wait(lambda: self.status()["pending"] == 0, 20, "the log in the lake")
+        wait(lambda: self.status()["pending"] == 0, what="the log in the lake")
 
     def logged(self, schema):
         """Prediction ids as they lie in the table, duplicates included."""
@@ -171,7 +182,7 @@ class Load:
 
     def wait_for(self, more):
         target = len(self.answers) + more
-        wait(lambda: len(self.answers) >= target, 30, f"{more} answers; failures: {self.failures[:3]}")
+        wait(lambda: len(self.answers) >= target, what=f"{more} answers; failures: {self.failures[:3]}")
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +226,9 @@ def server(running, registered):
     registered.move("trips", "champion", 1)
     if not started:
         running.start()
-    wait(lambda: running.version() == 1, 30, running.log()[-3000:])
+    wait(lambda: running.version() == 1, what=running.log()[-3000:])
     if before not in (1, None):  # the server says so in the registry a moment after it has swapped
-        wait(lambda: _previous(registered) == before, 10, "the alias previous")
+        wait(lambda: _previous(registered) == before, what="the alias previous")
     registered.drop("trips", "previous")
     return running
 
@@ -230,7 +241,7 @@ def test_moving_the_alias_by_hand_deploys_within_three_seconds(server, registere
         for number in (2, 1, 2, 1, 2, 1, 2):
             registered.move("trips", "champion", number)
             moved = time.monotonic()
-            wait(lambda wanted=number: load.answers[-1][1] == wanted, 15)
+            wait(lambda wanted=number: load.answers[-1][1] == wanted)
             took.append(next(at for at, version, _ in load.answers if at > moved and version == number) - moved)
             load.wait_for(50)
             wait(lambda other=3 - number: _previous(registered) == other)
@@ -254,9 +265,9 @@ def _previous(store):
 def test_promotion_and_rollback_deploy_the_same_way(server, registered):
     now = datetime(2020, 4, 1, tzinfo=UTC)
     promote(registered, registered.get("trips", 2), reason="better", now=now)
-    wait(lambda: server.version() == 2, 3)
+    wait(lambda: server.version() == 2)
     rollback(registered, "trips", now=now)
-    wait(lambda: server.version() == 1, 3)
+    wait(lambda: server.version() == 1)
     wait(lambda: "replaced version 2" in registered.get("trips", 1).tags["noria.serving"])
     assert registered.version("trips", "previous").number == 2
 
@@ -270,15 +281,16 @@ def test_a_broken_version_leaves_the_old_one_and_says_why_once(server, registere
     (found[0] / "noria" / "proof.json").write_bytes(orjson.dumps(proof))
     with Load(server.url) as load:
         registered.move("trips", "champion", broken.number)  # damaged: its manifest does not fit
-        wait(lambda: "noria.serving" in registered.get("trips", broken.number).tags, 10)
+        wait(lambda: "noria.serving" in registered.get("trips", broken.number).tags)
         tag = registered.get("trips", broken.number).tags["noria.serving"]
         assert "failed" in tag
         assert "changed after" in tag
         seal(found[0])  # whole again, but its proof promises other scores
+        before = server.asked()
         registered.move("trips", "champion", 1)
-        time.sleep(2.5)
+        wait(lambda: server.asked() != before, what="a poll that sees the alias there")
         registered.move("trips", "champion", broken.number)
-        wait(lambda: "proof" in registered.get("trips", broken.number).tags["noria.serving"], 10)
+        wait(lambda: "proof" in registered.get("trips", broken.number).tags["noria.serving"])
         load.wait_for(50)
     assert load.failures == []
     assert {version for _, version, _ in load.answers} == {1}
@@ -290,7 +302,7 @@ def test_a_broken_version_leaves_the_old_one_and_says_why_once(server, registere
     server.start()  # the alias still names the broken one: the version before serves, at once
     assert server.version() == 1
     registered.move("trips", "champion", 2)
-    wait(lambda: server.version() == 2, 20)  # workers answer before the process that follows the aliases has begun
+    wait(lambda: server.version() == 2)  # workers answer before the process that follows the aliases has begun
 
 
 def _newest(path, folder):
@@ -317,7 +329,7 @@ def test_killed_worker_and_parent_lose_and_repeat_nothing(durable, trips_schema)
             durable.worker().kill()
             load.wait_for(100)
         durable.kill()
-        wait(lambda: not _listens(durable.port), 5, "the port is free again")
+        wait(lambda: not _listens(durable.port), what="the port is free again")
         durable.start()
         load.wait_for(100)
     durable.settle()
@@ -362,9 +374,9 @@ def test_serving_goes_on_without_mlflow_also_through_a_restart(server, mlflow, r
     finally:
         mlflow.start()
     registered.move("trips", "champion", 2)
-    wait(lambda: server.version() == 2, 15)
+    wait(lambda: server.version() == 2)
     registered.drop("trips", "champion")
-    wait(lambda: "has no champion any more" in server.log(), 5)
+    wait(lambda: "has no champion any more" in server.log())
     assert server.version() == 2
 
 
@@ -379,11 +391,11 @@ def test_a_taken_port_and_a_taken_home_are_said(server, tmp_path):
 
 def test_a_bundle_on_disk_that_was_damaged_is_fetched_again(server, registered, mlflow):
     registered.move("trips", "champion", 2)
-    wait(lambda: server.version() == 2, 5)
+    wait(lambda: server.version() == 2)
     server.stop()
     shutil.rmtree(server.home / "bundles" / "trips" / "2" / "noria")
     server.start()
-    wait(lambda: server.version() == 2, 10)
+    wait(lambda: server.version() == 2)
     assert Bundle.open(server.home / "bundles" / "trips" / "2").facts.name == "trips"
 
 
@@ -470,10 +482,10 @@ def test_a_version_that_does_harm_while_it_loads_meets_no_request(
         registered.move("trips", "champion", harmful.number)
         if signal_number:
             named = f"trips version {harmful.number}"
-            wait(lambda: server.workers("loading", named), 20, "it loads")
+            wait(lambda: server.workers("loading", named), what="it loads")
             for worker in server.workers("loading", named):
                 worker.send_signal(signal_number)
-        wait(lambda: "noria.serving" in registered.get("trips", harmful.number).tags, 30, server.log()[-3000:])
+        wait(lambda: "noria.serving" in registered.get("trips", harmful.number).tags, what=server.log()[-3000:])
         load.wait_for(20)
     assert load.failures == []
     assert {version for _, version, _ in load.answers} == {1}
@@ -484,7 +496,7 @@ def test_a_version_that_does_harm_while_it_loads_meets_no_request(
     assert server.status()["failure"]["version"] == harmful.number
     assert server.log().count(f"trips version {harmful.number} failed") == 1
     registered.move("trips", "champion", 2)
-    wait(lambda: server.version() == 2, 10, "the next version")
+    wait(lambda: server.version() == 2, what="the next version")
 
 
 def test_swaps_under_load_fail_no_request_and_give_memory_back(server, registered):
@@ -495,12 +507,12 @@ def test_swaps_under_load_fail_no_request_and_give_memory_back(server, registere
         for number in range(swaps):
             wanted = 2 - number % 2
             registered.move("trips", "champion", wanted)
-            wait(lambda wanted=wanted: load.answers[-1][1] == wanted, 15, server.log()[-3000:])
+            wait(lambda wanted=wanted: load.answers[-1][1] == wanted, what=server.log()[-3000:])
             load.wait_for(20)
             seen |= {worker.pid for worker in server.workers()}
         load.wait_for(200)
     assert load.failures == []
-    wait(lambda: not server.workers("leaving"), 15, "the old workers end")
+    wait(lambda: not server.workers("leaving"), what="the old workers end")
     assert len(seen) >= swaps + 1, "a swap without a new process"
     assert [pid for pid in seen if psutil.pid_exists(pid)] == [server.worker().pid]
     after = server.worker().memory_info().rss
@@ -514,18 +526,18 @@ def test_of_two_workers_one_may_die(server, registered, mlflow, tmp_path):
     both = Server(tmp_path / "home", mlflow.url, NORIA_WORKERS="2")
     both.start()
     try:
-        wait(lambda: both.version() == 1 and len(both.workers()) == 2, 20, both.log()[-3000:])
+        wait(lambda: both.version() == 1 and len(both.workers()) == 2, what=both.log()[-3000:])
         first, second = both.workers()
         with Load(both.url) as load:
             load.wait_for(100)
             first.kill()
-            wait(lambda: len(both.workers()) == 2 and first not in both.workers(), 20, both.log()[-3000:])
+            wait(lambda: len(both.workers()) == 2 and first not in both.workers(), what=both.log()[-3000:])
             load.wait_for(200)
         assert second in both.workers()
         assert len(load.failures) <= 4, load.failures  # what the killed one had in flight
         registered.move("trips", "champion", 2)
         ready = f"{both.url}/v2/models/trips/versions/2/ready"
-        wait(lambda: httpx.get(ready).status_code == 200, 20, "every worker answers with version 2")
+        wait(lambda: httpx.get(ready).status_code == 200, what="every worker answers with version 2")
         replies = [httpx.post(f"{both.url}/predict/trips", json=[RECORD]).json()["version"] for _ in range(50)]
         assert set(replies) == {2}
         assert both.process.poll() is None
@@ -535,17 +547,24 @@ def test_of_two_workers_one_may_die(server, registered, mlflow, tmp_path):
 
 def test_one_workload_that_hangs_does_not_hold_up_another(server, registered, make_contents, trips_graph):
     facts = make_contents().facts
-    other = replace(facts, name="buses")
-    with registered.run("buses", "hangs") as run:
-        registered.register(run, make_contents(model=bad(trips_graph, *endless()), facts=other))
-    registered.move("buses", "champion", 1)
-    wait(lambda: server.workers("loading", "buses version 1"), 10)
-    registered.move("trips", "champion", 2)
-    took = wait(lambda: server.version() == 2, 20)
-    assert took < 7, "it waited for the one that hangs"
-    wait(lambda: "noria.serving" in registered.get("buses", 1).tags, 40, server.log()[-3000:])
-    assert "was not loaded within" in registered.get("buses", 1).tags["noria.serving"]
-    assert server.version() == 2
+    contents = make_contents(model=bad(trips_graph, *endless()), facts=replace(facts, name="buses"))
+    refused = server.home / "serving" / "failed" / "buses.json"
+    # Where the machine takes longer for a swap than a version may hang, nothing is known: once more, then.
+    for number in (1, 2, 3, 4, 5):
+        with registered.run("buses", "hangs") as run:
+            registered.register(run, contents)
+        registered.move("buses", "champion", number)
+        wait(lambda number=number: server.workers("loading", f"buses version {number}"))
+        wanted = 1 + number % 2
+        registered.move("trips", "champion", wanted)
+        wait(lambda wanted=wanted: server.version() == wanted)
+        if not (refused.exists() and orjson.loads(refused.read_bytes())["version"] == number):
+            break
+    else:
+        pytest.fail("it waited for the one that hangs")
+    wait(lambda: "noria.serving" in registered.get("buses", number).tags, what=server.log()[-3000:])
+    assert "was not loaded within" in registered.get("buses", number).tags["noria.serving"]
+    assert server.version() == wanted
     assert httpx.get(f"{server.url}/v2/health/ready").status_code == 200
     registered.drop("buses", "champion")
 
@@ -560,10 +579,10 @@ def test_bundles_that_nobody_names_go_from_the_disk(server, registered, make_con
         with registered.run("trips", "more") as run:
             newest.append(registered.register(run, make_contents()).number)
         registered.move("trips", "champion", newest[-1])
-        wait(lambda: server.version() == newest[-1], 15)
+        wait(lambda: server.version() == newest[-1])
         os.utime(kept / str(newest[-1]), (old, old))
     registered.move("trips", "champion", 1)
-    wait(lambda: server.version() == 1, 15)
-    wait(lambda: not (kept / str(newest[0])).exists(), 10, sorted(kept.iterdir()))
+    wait(lambda: server.version() == 1)
+    wait(lambda: not (kept / str(newest[0])).exists(), what=sorted(kept.iterdir()))
     left = {int(path.name) for path in kept.iterdir() if path.name.isdigit()}
     assert {1, *newest[1:]} <= left

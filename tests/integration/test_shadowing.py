@@ -54,7 +54,7 @@ def server(store, mlflow_url, tmp_path):
     store.client.delete_registered_model_tag("trips", "noria.shadow_share")
     made = Server(tmp_path / "home", mlflow_url)
     made.start()
-    wait(lambda: made.version() == 1, 30, made.log()[-3000:])
+    wait(lambda: made.version() == 1, what=made.log()[-3000:])
     yield made
     made.stop()
 
@@ -170,7 +170,7 @@ def test_a_quarter_is_a_quarter_and_a_share_that_is_none_is_said(server, store, 
     wait(lambda: len(shadow_rows(server, trips_schema)) >= len(quarter), PATIENCE, server.log()[-3000:])
     assert sorted(row["prediction_id"] for row in shadow_rows(server, trips_schema)) == sorted(quarter)
     store.client.set_registered_model_tag("trips", "noria.shadow_share", "most")
-    wait(lambda: "must be a number from 0 to 1" in tag(store, 2), 10)
+    wait(lambda: "must be a number from 0 to 1" in tag(store, 2), PATIENCE)
     assert "share 0.25 (the model's tag noria.shadow_share is 'most'" in tag(store, 2)
     time.sleep(5)
     assert server.log().count("Shadowing trips: the model's tag") == 1
@@ -263,17 +263,24 @@ def test_a_killed_server_shadows_nothing_twice(server, store, trips_schema):
     with Load(server.url) as load:
         load.wait_for(100)
         server.kill()
-        wait(lambda: not serving._listens(server.port), 10)
+        wait(lambda: not serving._listens(server.port))
         server.start()
         load.wait_for(100)
     server.settle()
     # Not by its status file: that is of the killed one until the next has begun.
     wait(lambda: _shadowed(server, trips_schema).keys() >= set(server.logged(trips_schema)), PATIENCE)
     server.settle()
-    time.sleep(1)
+    wait(lambda: not _on_the_way(server), PATIENCE)
     rows = _shadowed(server, trips_schema)
     assert max(rows.values()) == 1
     assert set(rows) == set(server.logged(trips_schema))
+
+
+def _on_the_way(server):
+    """Segments that wait for the lake, then for the shadow, then for the lake again: looked at as they go."""
+    folder = server.home / "serving"
+    ready, shadow = folder / "log" / "ready", folder / "shadow"
+    return [path for place in (ready, shadow / "waiting", shadow / "taken", ready) for path in place.rglob("trips.*")]
 
 
 def _shadowed(server, schema):

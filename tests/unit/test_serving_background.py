@@ -28,11 +28,12 @@ EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def silent():
-    """The address of an MLflow that takes every connection and answers none."""
+    """Where an MLflow listens that answers nothing."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.settimeout(60)
+        yield listener
 
 
 def log_row(folder, identity_model):
@@ -46,16 +47,18 @@ def log_row(folder, identity_model):
 def test_a_registry_that_hangs_holds_up_neither_the_end_nor_the_log(silent, tmp_path, identity_model):
     settings = load_settings(home=tmp_path)
     stop, ended = threading.Event(), threading.Event()
-    work = background.Work(settings, silent, stop)
+    work = background.Work(settings, f"http://127.0.0.1:{silent.getsockname()[1]}", stop)
     running = threading.Thread(target=work.run, args=(ended,), daemon=True)
     running.start()
-    time.sleep(1)  # both followers ask for the aliases
+    asking = [silent.accept()[0] for _ in range(2)]  # both followers ask for the aliases
     stop.set()
     log_row(settings.serving / "log", identity_model)
     ended.set()
     running.join(40)  # a call is given up after 90 s
     assert not running.is_alive()
     assert len(Lake(str(settings.lake), "same", ANY).predictions(EVER)) == 1
+    for connection in asking:
+        connection.close()
 
 
 def test_what_cannot_be_set_up_is_tried_again(tmp_path, identity_model, caplog):

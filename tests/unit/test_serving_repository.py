@@ -188,6 +188,18 @@ def test_new_weights_of_the_same_size_and_time_are_noticed(looked):
     assert looked.desired()["one"].asked == asked[-1], "it is the file that it was"
 
 
+def test_a_file_that_is_still_copied_waits(looked):
+    looked.put("slow", 1)
+    looked.step()
+    path = looked.source / "slow" / "2" / "model.onnx"
+    path.parent.mkdir()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(5):
+            file.write(b"part")
+            assert looked.step(1) == {"slow": 1}
+    assert looked.step(1) == {"slow": 2}, "it has not grown since"
+
+
 @pytest.mark.parametrize("lower", [False, True])
 def test_a_version_that_answers_is_not_taken_away_because_a_process_failed_at_it(looked, lower):
     looked.put("one", 2)
