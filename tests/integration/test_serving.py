@@ -108,23 +108,19 @@ class Server:
         self.process.wait()
 
     def worker(self):
-        """The one that answers; the one before it may be about to end."""
-        found = []
+        """The one that answers, once there is no other: before a swap is over the old one is among them, too."""
+        wait(lambda: [one["phase"] for one in self.described()] == ["accepting"], what="one worker that answers")
+        return self.workers()[0]
 
-        def alone():
-            found[:] = self.workers()
-            return len(found) == 1
-
-        wait(alone, what="one worker that answers")
-        return found[0]
+    def described(self):
+        return orjson.loads((self.home / "serving" / "workers.json").read_bytes())
 
     def asked(self):
         """Names what the workers were asked for last."""
         return orjson.loads((self.home / "serving" / "desired" / "trips.json").read_bytes())["asked"]
 
     def workers(self, phase="accepting", loading=""):
-        described = orjson.loads((self.home / "serving" / "workers.json").read_bytes())
-        found = [one["pid"] for one in described if (one["phase"], one["loading"]) == (phase, loading)]
+        found = [one["pid"] for one in self.described() if (one["phase"], one["loading"]) == (phase, loading)]
         return [process for process in psutil.process_iter() if process.pid in found]
 
     def log(self):
