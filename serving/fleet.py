@@ -119,7 +119,7 @@ class Fleet:
         same = {
             name: asked[name]
             for name, serving in entries.items()
-            if name in asked and self.backlog.pending(asked[name]) and _same(serving, asked[name])
+            if name in asked and self.backlog.pending(asked[name]) and asked[name].same_as(serving)
         }
         if same:
             self.present.generation = replace(self.current, entries={**entries, **same})
@@ -191,10 +191,10 @@ class Fleet:
 
     def _promote(self, candidate: Candidate) -> None:
         self._candidates.remove(candidate)
-        changed = {change.workload for change in candidate.changes}
+        loaded = {one.workload for one in (*candidate.changes, *candidate.lost)}
         # Of what did not change the same may have been asked for anew meanwhile, which made no other generation.
         entries = {
-            name: entry if name in changed else self.current.entries[name]
+            name: entry if name in loaded else self.current.entries[name]
             for name, entry in candidate.generation.entries.items()
         }
         for change in candidate.changes:
@@ -223,10 +223,3 @@ class Fleet:
         self._candidates.remove(candidate)
         for worker in candidate.members:
             worker.kill()
-
-
-def _same(serving: Desired, entry: Desired) -> bool:
-    """Whether what serves is what is asked for. A bundle is known by its content, a plain file by its mark."""
-    if serving.plain or entry.plain:
-        return serving.asked == entry.asked and serving.folder == entry.folder
-    return (serving.version, serving.folder, serving.content) == (entry.version, entry.folder, entry.content)

@@ -24,8 +24,9 @@ from serving.supervise import Failure, Plan, Worker
 STEADY_SECONDS = 5
 """A worker that lived this long is replaced at once; one that did not waits, longer each time."""
 LONGEST_WAIT = 5.0
-SLOW_SECONDS = 5.0
-"""A version that takes longer to load is not waited for at a start once another one is asked for."""
+SLOW = 0.5
+"""Of the time that a version may take to load: one that takes longer is not waited for at a start once another one is
+asked for."""
 TRIES = 3
 """Before a version, or a change, is given up that may not be what failed."""
 
@@ -48,6 +49,7 @@ class Present:
         self._faults: Counter[str] = Counter()
         """How many workers in a row ended while they loaded a version that served, by workload; "": any version."""
         self._start_at = self._wait = 0.0
+        self._slow = SLOW * plan.load_seconds
 
     @property
     def accepts(self) -> bool:
@@ -67,7 +69,7 @@ class Present:
         for worker in [worker for worker in self.old if worker.failure is not None]:
             worker.close()
             self.old.remove(worker)
-        if not self.accepts:
+        if not any(worker.answers for worker in [*self.members, *self.old]):
             self._pass_over()
         if len(self.members) < self.count and time.monotonic() >= self._start_at:
             self._fill()
@@ -112,9 +114,9 @@ class Present:
 
     def _pass_over(self) -> None:
         """Nothing new is tried before a worker accepts: what hangs and is asked for no more must not prevent it."""
-        for workload in [name for name, seconds in (one.loading for one in self.members) if seconds > SLOW_SECONDS]:
+        for workload in [name for name, seconds in (one.loading for one in self.members) if seconds > self._slow]:
             entry, wanted = self.generation.entries.get(workload), self.ledger.desired().get(workload)
-            if entry is not None and entry.asked and (wanted is None or wanted.asked != entry.asked):
+            if entry is not None and entry.asked and (wanted is None or not wanted.same_as(entry)):
                 reason = f"Version {entry.version} of {workload} is not asked for any more, and takes long to load."
                 logger.warning("%s", reason)
                 self._leave_out(workload, reason)

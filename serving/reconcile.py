@@ -209,8 +209,10 @@ class Reconciler:
     def _settle(self, workload: str) -> None:
         """Act on the workers' answer, and on their word that what they answered with does not load any more."""
         self._hear(workload)
-        entry, failed = self._desired[workload], self._failures.get(workload)
-        if failed is not None and failed.asked == entry.asked and workload not in self._pending:
+        entry, failed = self._desired.get(workload), self._failures.get(workload)
+        if entry is None or failed is None:
+            return
+        if failed.asked == entry.asked and workload not in self._pending:
             self._repair(entry, failed.reason)
 
     def _served(self, pending: Pending, reached: State) -> None:

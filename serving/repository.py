@@ -55,10 +55,10 @@ class Fault:
 def listed(folder: Path) -> list[str]:
     """Names of the repository's models, as the parent of the server in `folder` saw them last. Raises OSError."""
     try:
-        names: list[str] = json.loads((folder / "repository.json").read_bytes())
+        names = json.loads((folder / "repository.json").read_bytes())
     except FileNotFoundError:
         return []
-    return names
+    return [name for name in names if isinstance(name, str)]  # an earlier noria wrote objects
 
 
 class Repository:

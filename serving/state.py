@@ -50,6 +50,12 @@ class Desired:
     content: str = ""
     """Names the bundle's content, where a registry that counts from 1 again may use the number anew."""
 
+    def same_as(self, serving: Desired) -> bool:
+        """Whether what is asked for is what serves. A bundle is known by its content, a plain file by its mark."""
+        if self.plain or serving.plain:
+            return (self.asked, self.folder) == (serving.asked, serving.folder)
+        return (self.version, self.folder, self.content) == (serving.version, serving.folder, serving.content)
+
 
 @dataclass(frozen=True)
 class State:

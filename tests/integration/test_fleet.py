@@ -277,7 +277,7 @@ def test_of_workers_that_cannot_all_be_started_none_is_left(driven, monkeypatch)
 
 
 def test_a_version_that_hangs_at_a_start_is_not_waited_for_once_another_one_is_asked_for(driven, monkeypatch):
-    monkeypatch.setattr("serving.present.SLOW_SECONDS", 0.5)
+    monkeypatch.setattr("serving.present.SLOW", 0.01)
     driven.until(lambda: driven.serves(*NAMES))
     driven.hang("two")
     driven.again()
@@ -286,6 +286,34 @@ def test_a_version_that_hangs_at_a_start_is_not_waited_for_once_another_one_is_a
     driven.until(lambda: driven.serves(*NAMES))
     assert driven.versions()["two"] == 2
     assert not driven.failed()
+
+
+def test_a_version_that_is_slow_at_a_start_answers_before_the_one_that_is_asked_for_meanwhile(driven):
+    driven.until(lambda: driven.serves(*NAMES))
+    driven.hang("two")
+    driven.again()
+    driven.until(lambda: driven.loading("two"))
+    driven.ask("two", 2)
+    worker = driven.loading("two")
+    end = time.monotonic() + 6
+    driven.until(lambda: time.monotonic() > end)
+    assert driven.loading("two") is worker
+    driven.let_go("two")
+    driven.until(lambda: driven.fleet.present.accepts)
+    assert driven.versions()["two"] == 1
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["two"] == 2)
+
+
+def test_a_fallback_that_was_loaded_with_another_change_is_what_answers(driven, monkeypatch):
+    monkeypatch.setattr("serving.fleet.AWAY_SECONDS", 0.1)
+    driven.until(lambda: driven.serves(*NAMES))
+    driven.ask("two", 2, fallback_version=1, fallback_folder=str(driven.file("two").parent))
+    driven.until(lambda: driven.versions()["two"] == 2)
+    driven.file("two", 2).unlink()
+    driven.ask("one", 2)
+    driven.until(lambda: driven.versions()["one"] == 2)
+    assert driven.fleet.current.entries["two"].version == 1
+    assert driven.failed() == {"two"}
 
 
 def test_a_model_that_goes_and_comes_back_as_it_was_is_loaded(driven):
