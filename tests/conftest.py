@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if shares:
             # The first of them starts the stack, and may live through the stream.
             item.add_marker(pytest.mark.timeout(1200))
+
+
+class Clock:
+    """Stands where a module finds `time`."""
+
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Clock]:
+    """Gives a module a clock that goes only when it is set."""
+
+    def given(module: ModuleType) -> Clock:
+        made = Clock()
+        monkeypatch.setattr(module, "time", made)
+        return made
+
+    return given
 
 
 @pytest.fixture(scope="session")

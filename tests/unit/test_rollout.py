@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,23 +18,9 @@ AWAY = "http://127.0.0.1:9"
 """Nothing listens there."""
 
 
-class Clock:
-    """Stands where the rollout finds `time`."""
-
-    sleep = staticmethod(time.sleep)
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def monotonic(self):
-        return self.seconds
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(module, "time", made)
-    return made
+def clock(clock_of):
+    return clock_of(module)
 
 
 @pytest.fixture

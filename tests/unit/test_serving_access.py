@@ -82,21 +82,9 @@ def refused(status, call, *given, **more):
     return caught.value
 
 
-class Clock:
-    """Stands where the keys find `time`."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def monotonic(self):
-        return self.seconds
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(access, "time", made)
-    return made
+def clock(clock_of):
+    return clock_of(access)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=" ".join)
