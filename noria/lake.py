@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from noria.durable import commit_file, settle
@@ -96,15 +96,18 @@ class Lake:
 
         A first commit that may be tried again becomes a second one that makes the table anew (deltalake 1.6).
         """
-        named = [Transaction(*batch)] if batch else None
+        named, form = [Transaction(*batch)] if batch else None, _form(rows.schema)
         if opened is None:
             first = CommitProperties(app_transactions=named, max_commit_retries=0)
             write_deltalake(
-                self.address(table), rows, mode="error", configuration=CONFIGURATION, commit_properties=first
-            )
+                self.address(table), rows, mode="error", configuration=CONFIGURATION, commit_properties=first,
+                writer_properties=form,
+            )  # fmt: skip
         else:
             further = CommitProperties(app_transactions=named)
-            write_deltalake(opened, rows, mode="append", schema_mode="merge", commit_properties=further)
+            write_deltalake(
+                opened, rows, mode="append", schema_mode="merge", commit_properties=further, writer_properties=form
+            )
 
     def appended(self, table: Table, source: str) -> int:
         """The number of the last batch that `source` appended; -1 when there is none."""
@@ -131,7 +134,7 @@ class Lake:
             opened = self._open(table)
             if opened and len(opened.file_uris()) >= COMPACT_EVERY:
                 with suppress(CommitFailedError):  # another writer is compacting it
-                    opened.optimize.compact()
+                    opened.optimize.compact(writer_properties=_form(pa.schema(opened.schema().to_arrow())))
 
     def versions(self) -> dict[str, int]:
         """The current Delta version of each table; -1 where there is no table yet."""
@@ -238,6 +241,20 @@ class Lake:
             return raw.empty_table()
         inputs = [raw.field(name) for name in self.schema.names]
         return pa.schema([*(pa.field(*entry) for entry in logged), *inputs]).empty_table()
+
+
+def _form(columns: pa.Schema) -> WriterProperties:
+    """How files are written. Looking for repeated values, which ids and tensors do not have, is half of the work of
+    writing them; statistics of lists are of no use to a reader."""
+    plain = [column.name for column in columns if not pa.types.is_nested(column.type)]
+    return WriterProperties(
+        compression="SNAPPY",
+        default_column_properties=ColumnProperties(dictionary_enabled=False, statistics_enabled="NONE"),
+        column_properties={
+            name: ColumnProperties(dictionary_enabled=name != "prediction_id", statistics_enabled="PAGE")
+            for name in plain
+        },
+    )
 
 
 def _appended(opened: DeltaTable | None, source: str) -> int:

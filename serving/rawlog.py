@@ -82,16 +82,18 @@ def columns(lines: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) ->
 
 
 def _values(packed: Sequence[Any], datatype: str, lines: Sequence[Mapping[str, Any]]) -> tuple[pa.Array, np.ndarray]:
-    """All values, and how many each row has."""
+    """All values, and how many each row has. Raises ValueError where they do not fit their rows."""
+    sizes, rows = np.array([len(part) for part in packed]), np.array([len(line["t"]) for line in lines])
     if datatype == "BYTES":
-        parts = [np.array(values, np.object_) for values in packed]
-        flat = pa.array(np.concatenate(parts), pa.string())
+        flat = pa.array([value for values in packed for value in values], pa.string())
     else:
-        parts = [np.frombuffer(part, NUMPY[datatype]) for part in packed]
-        flat = pa.array(np.concatenate(parts))
+        item = np.dtype(NUMPY[datatype]).itemsize
+        if (sizes % item).any():
+            raise ValueError(f"bytes that are no {datatype}")
+        flat = pa.array(np.frombuffer(b"".join(packed), NUMPY[datatype]))
+        sizes //= item
         if datatype in SIGNED:
             flat = flat.cast(SIGNED[datatype])
-    widths = np.concatenate([
-        np.full(len(line["t"]), len(part) // len(line["t"]), np.int64) for part, line in zip(parts, lines, strict=True)
-    ])  # fmt: skip
-    return flat, widths
+    if not rows.all() or (sizes % rows).any():
+        raise ValueError("values that are not those of whole rows")
+    return flat, np.repeat(sizes // rows, rows)

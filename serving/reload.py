@@ -9,6 +9,7 @@ models of that folder are served too, and MLflow is not needed.
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib
 import logging
 import signal
@@ -148,6 +149,7 @@ class Background:
         into the lake."""
         module = importlib.import_module("serving.background")
         self._work = module.Work(self.settings, self.mlflow_url, self.stop).run
+        gc.freeze()  # what was imported stays: to look through it again and again is a third of the drain's work
         self._prepared.set()
 
 

@@ -5,7 +5,7 @@ Not here: writing lines (`serving.entries`, `serving.rawlog`), moving segments (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 from noria.column import ARROW
 from noria.schema import Schema
 from serving.entries import spread
-from serving.ids import expand
+from serving.ids import at_row, expand
 from serving.rawlog import columns, unpack
 
 Logged = Literal["predictions", "labels", "shadow"]
@@ -80,8 +80,22 @@ def _plain(lines: Sequence[dict[str, Any]], version: int, described: Mapping[str
 
 
 def _ids(lines: Sequence[dict[str, Any]]) -> list[str]:
-    runs = ((int(base, 16), rows) for line in lines for base, rows in zip(line["i"], line["n"], strict=True))
-    return [name for base, rows in runs for name in expand(base, rows)]
+    found: list[str] = []
+    for line in lines:
+        first, count = 0, 0
+        for name, rows in zip(line["i"], line["n"], strict=True):
+            number = int(name, 16)
+            if number == at_row(first, count):  # the runs of a line mostly share the ids of one batch
+                count += rows
+            else:
+                found += _named(first, count)
+                first, count = number, rows
+        found += _named(first, count)
+    return found
+
+
+def _named(first: int, rows: int) -> Iterable[str]:
+    return expand(first, rows) if rows > 1 else [f"{first:032x}"] * rows
 
 
 def _latencies(lines: Sequence[dict[str, Any]]) -> pa.Array:

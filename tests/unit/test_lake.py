@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
@@ -187,3 +188,19 @@ def test_a_named_batch_is_appended_once(lake: Lake) -> None:
     assert not lake.append("records", records(3), batch=("server", 9), after=-1)
     assert (lake.appended("records", "server"), lake.appended("records", "nobody")) == (7, -1)
     assert len(lake.records(WEEK)) == 6
+
+
+def test_files_have_dictionaries_and_statistics_only_where_they_help(lake: Lake, tmp_path: Path) -> None:
+    tensors = pa.array([[0.5, 1.5], [2.5, 3.5]], pa.list_(pa.float32()))
+    rows = predictions(["a", "b"]).append_column("input.x", tensors)
+    assert lake.append("predictions", rows)
+    (path,) = (tmp_path / "trips" / "predictions").glob("*.parquet")
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    found = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
+    having = {name for name, column in found.items() if "RLE_DICTIONARY" in column.encodings}
+    assert {"event_time", "version"} <= having
+    (tensor,) = [name for name in found if name.startswith("input.x.")]
+    assert not having & {"prediction_id", tensor}
+    assert {name for name, column in found.items() if not column.is_stats_set} == {tensor}
+    assert {column.compression for column in found.values()} == {"SNAPPY"}
+    assert lake.predictions(WEEK).column("input.x").to_pylist() == tensors.to_pylist()

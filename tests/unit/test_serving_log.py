@@ -21,9 +21,10 @@ from serving import drain as drain_module
 from serving.capture import Log
 from serving.drain import Drain
 from serving.entries import Entry
-from serving.ids import Ids, expand
+from serving.ids import Ids, at_row, expand
 from serving.model import load
 from serving.protocol import read_records
+from serving.rawlog import columns
 from serving.segment import read
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
@@ -96,6 +97,31 @@ def test_runs_that_share_a_line_keep_their_ids_times_and_latencies(place, model,
     assert [row["latency_ms"] for row in found] == [0, 0, 1, 1, 2, 2]
     assert [row["action"] for row in found] == ["short", "long"] * 3
     assert [int(row["event_time"].timestamp() * 1e6) - moment for row in found] == [0, 0, 1, 2, 3, 3]
+
+
+def test_ids_of_one_batch_are_read_as_they_were_given(place, model, trips_schema):
+    log, shared, alone = Log(place[0], "one"), IDS.base("trips", 5), IDS.base("trips", 1)
+    runs = [(shared, 1), (at_row(shared, 1), 2), (alone, 1), (at_row(shared, 3), 2)]
+    entries = [entry(model, first, rows) for first, rows in runs]
+    assert log.predictions(model, entries)
+    log.rotate()
+    assert Drain(*place).step() == 6
+    found = Lake(place[1], "trips", trips_schema).predictions(EVER).column("prediction_id").to_pylist()
+    assert sorted(found) == sorted([*expand(shared, 5), *expand(alone, 1)])
+
+
+def entry(model, first, rows):
+    read = read_records(orjson.dumps([RECORDS[0]] * rows), model.bundle.schema)
+    return Entry(
+        first, rows, read.tensors, {"score": np.zeros(rows, np.float32)}, 1_600_000_000_000_000, ["short"] * rows, 0.0
+    )
+
+
+@pytest.mark.parametrize(("said", "rows", "size"), [("FP32", 1, 7), ("FP32", 2, 12), ("FP32", 0, 8), ("INT64", 1, 12)])
+def test_tensors_that_are_not_those_of_whole_rows_are_refused(said, rows, size):
+    line = {"t": [0] * rows, "in": [bytes(size)], "out": []}
+    with pytest.raises(ValueError, match=r"bytes that are no|whole rows"):
+        columns([line], {"inputs": [["x", said, [3]]], "outputs": []})
 
 
 def test_many_segments_versions_and_workloads(place, model, trips_schema):
