@@ -185,9 +185,7 @@ class Replica:
         try:
             orders: Orders = await self.rollout.look.remote(self.name, tuple(self._states.values()))
         except Exception as error:  # whatever Ray raises while the rollout is restarted: what serves goes on serving
-            if str(error) != self._rollout_silent:
-                logger.warning("The rollout does not answer (%s); serving goes on.", type(error).__name__)
-            self._rollout_silent = str(error)
+            self._say_silent(error, "serving")
             return True
         self._rollout_silent = ""
         more = orders.wait
@@ -222,8 +220,15 @@ class Replica:
     async def _say_alive(self) -> None:
         try:
             await self.rollout.look.remote(self.name, ())
-        except Exception:
-            logger.warning("The rollout does not answer; loading goes on.")
+            self._rollout_silent = ""
+        except Exception as error:  # as in `_look`
+            self._say_silent(error, "loading")
+
+    def _say_silent(self, error: Exception, what: str) -> None:
+        """Once while it lasts."""
+        if str(error) != self._rollout_silent:
+            logger.warning("The rollout does not answer (%s); %s goes on.", type(error).__name__, what)
+        self._rollout_silent = str(error)
 
     async def _take(self, order: Order) -> State:
         desired = order.desired

@@ -244,3 +244,28 @@ def test_the_numbers_of_replicas_that_ended_become_one_file(tmp_path):
     finally:
         node.finish(0)
         locks[0].close()
+
+
+def test_a_silent_rollout_is_named_once_while_it_lasts(rollout, caplog):
+    async def silent(*_):
+        raise ConnectionResetError("gone")
+
+    replica = made(rollout)
+    answers, replica.rollout.look.remote = replica.rollout.look.remote, silent
+
+    async def ask():
+        for _ in range(2):
+            await replica._say_alive()
+            await replica._look()
+
+    def said():
+        return [one.getMessage() for one in caplog.records if one.name == "serving.replica"]
+
+    asyncio.run(ask())
+    assert said() == ["The rollout does not answer (ConnectionResetError); loading goes on."]
+    replica.rollout.look.remote = answers
+    asyncio.run(replica._say_alive())
+    replica.rollout.look.remote = silent
+    asyncio.run(ask())
+    assert len(said()) == 2
+    replica.drain.finish(0)
