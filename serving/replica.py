@@ -182,12 +182,9 @@ class Replica:
 
     async def _look(self) -> bool:
         """Ask once and carry out; whether there is more to come before this replica should answer requests."""
-        try:
-            orders: Orders = await self.rollout.look.remote(self.name, tuple(self._states.values()))
-        except Exception as error:  # whatever Ray raises while the rollout is restarted: what serves goes on serving
-            self._say_silent(error, "serving")
+        orders = await self._ask(tuple(self._states.values()), "serving")
+        if orders is None:
             return True
-        self._rollout_silent = ""
         more = orders.wait
         self._wanted = {self._copy(order) for order in orders.orders}
         for order in orders.orders:
@@ -203,7 +200,7 @@ class Replica:
         """Load beside what serves; the rollout hears that this replica lives meanwhile."""
         taking = asyncio.ensure_future(self._take(order))
         while not (await asyncio.wait({taking}, timeout=1.0))[0]:
-            await self._say_alive()
+            await self._ask((), "loading")
         state = taking.result()
         workload, metrics = order.desired.workload, self.service.metrics
         if state.status == "serving":
@@ -217,18 +214,17 @@ class Replica:
             self.unusable[workload] = f"Other replicas serve it, this one cannot: {state.reason}"
         self._states[workload] = state
 
-    async def _say_alive(self) -> None:
+    async def _ask(self, states: tuple[State, ...], meanwhile: str) -> Orders | None:
+        """What the rollout wants; None where it does not answer, which is said once while it lasts."""
         try:
-            await self.rollout.look.remote(self.name, ())
-            self._rollout_silent = ""
-        except Exception as error:  # as in `_look`
-            self._say_silent(error, "loading")
-
-    def _say_silent(self, error: Exception, what: str) -> None:
-        """Once while it lasts."""
-        if str(error) != self._rollout_silent:
-            logger.warning("The rollout does not answer (%s); %s goes on.", type(error).__name__, what)
-        self._rollout_silent = str(error)
+            orders: Orders = await self.rollout.look.remote(self.name, states)
+        except Exception as error:  # whatever Ray raises while the rollout is restarted: what serves goes on serving
+            if str(error) != self._rollout_silent:
+                logger.warning("The rollout does not answer (%s); %s goes on.", type(error).__name__, meanwhile)
+            self._rollout_silent = str(error)
+            return None
+        self._rollout_silent = ""
+        return orders
 
     async def _take(self, order: Order) -> State:
         desired = order.desired

@@ -255,7 +255,7 @@ def test_a_silent_rollout_is_named_once_while_it_lasts(rollout, caplog):
 
     async def ask():
         for _ in range(2):
-            await replica._say_alive()
+            await replica._ask((), "loading")
             await replica._look()
 
     def said():
@@ -264,7 +264,7 @@ def test_a_silent_rollout_is_named_once_while_it_lasts(rollout, caplog):
     asyncio.run(ask())
     assert said() == ["The rollout does not answer (ConnectionResetError); loading goes on."]
     replica.rollout.look.remote = answers
-    asyncio.run(replica._say_alive())
+    asyncio.run(replica._ask((), "loading"))
     replica.rollout.look.remote = silent
     asyncio.run(ask())
     assert len(said()) == 2
