@@ -124,7 +124,7 @@ async def ask(port: int, seconds: float, body: bytes) -> tuple[float, float]:
 
 def spent(server: psutil.Process) -> float:
     """Processor seconds of the server's processes, the shadow left out."""
-    processes = [one for one in (server, *server.children()) if "serving.shadow" not in one.cmdline()]
+    processes = [one for one in (server, *server.children(recursive=True)) if "serving.shadow" not in one.cmdline()]
     return sum(one.cpu_times().user + one.cpu_times().system for one in processes)
 
 

@@ -1,19 +1,28 @@
-"""The parent's slow half: the log into the lake, the aliases, the shadow. Imports Delta Lake and MLflow.
+"""The server's slow half: the log into the lake, the aliases, the shadow. Imports Delta Lake and MLflow.
 
-Not here: the workers (`serving.fleet`), which answer before this module is imported.
+    python -m serving.background
+
+Started by `serving.background_process`. Standard input brings its settings and where MLflow is, as one line of JSON;
+then `stop` (follow no more) and `ended` (no worker writes any more). Where it ends before that, the parent was killed,
+and so this process ends like it, at once: what it was at is begun anew by the next one. Not here: the workers
+(`serving.fleet`), which answer before this process is started.
 """
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from noria.settings import Settings
+from noria.settings import Settings, load_settings
 from registry.store import Store
 from serving.drain import Drain
 from serving.reconcile import Reconciler
@@ -92,3 +101,55 @@ def _drain_rest(drain: Drain) -> None:
         except Exception:
             logger.exception("The last log rows do not reach the lake; trying again.")
         time.sleep(1)
+
+
+def run(settings: Settings, mlflow_url: str, stop: threading.Event, ended: threading.Event) -> None:
+    """Set it up, which is tried again until `ended` where the disk is full, for example; then do it."""
+    prepared, made = threading.Event(), []
+
+    def prepare() -> None:
+        last = ended.is_set()
+        try:
+            made.append(Work(settings, mlflow_url, stop))
+        finally:
+            if made or last:
+                prepared.set()
+
+    repeat(prepare, None, prepared)
+    gc.freeze()  # what was imported stays: looking through it again holds everything up for 30 ms
+    for work in made:
+        work.run(ended)
+
+
+def _listen(lines: Iterator[bytes], stop: threading.Event, ended: threading.Event) -> None:
+    for line in lines:
+        (stop if line == b"stop" else ended).set()
+    os._exit(1)
+
+
+def _lines() -> Iterator[bytes]:
+    """Of standard input; not by sys.stdin, whose lock would be held at exit."""
+    heard = b""
+    while part := os.read(0, 65536):
+        *lines, heard = (heard + part).split(b"\n")
+        yield from lines
+
+
+def main() -> None:
+    """The process's entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # whoever ends all processes means the parent, which ends this one last
+    lines, stop, ended = _lines(), threading.Event(), threading.Event()
+    asked = json.loads(next(lines))
+    settings = load_settings(**asked["settings"])
+    threading.Thread(target=_listen, args=(lines, stop, ended), daemon=True).start()
+    with (settings.serving / "background.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # that of a parent that was killed may not have ended yet
+        run(settings, asked["mlflow"], stop, ended)
+        logging.shutdown()
+        os._exit(0)  # a call of an MLflow that hangs is not waited for, nor what libraries do when they end
+
+
+if __name__ == "__main__":
+    main()

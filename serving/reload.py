@@ -1,16 +1,15 @@
 """`noria serve`: one parent that keeps workers serving what the registry's aliases say.
 
-The parent polls the alias `champion` of every registered model, fetches and checks the bundle, starts workers that
-serve it, and tells the version's tags what came of it. It keeps the workers alive and moves the prediction log into the
-lake. MLflow may be away: what was fetched goes on serving, also through a restart. With a model repository the plain
-models of that folder are served too, and MLflow is not needed.
+The parent holds the socket and keeps the workers alive; files say what they should serve. Who writes them is a process
+of its own (`serving.background`): it polls the alias `champion` of every registered model, fetches and checks the
+bundle, tells the version's tags what came of it, and moves the prediction log into the lake. MLflow may be away: what
+was fetched goes on serving, also through a restart. With a model repository the plain models of that folder are served
+too, and MLflow is not needed.
 """
 
 from __future__ import annotations
 
 import fcntl
-import gc
-import importlib
 import logging
 import signal
 import socket
@@ -24,8 +23,8 @@ from pathlib import Path
 from noria.errors import ServiceError
 from noria.runtime import Providers, require
 from noria.settings import Settings
-from noria.variables import export, variables
 from serving import state, tally
+from serving.background_process import Background
 from serving.config import Config
 from serving.configure import configure
 from serving.fleet import Fleet
@@ -39,12 +38,6 @@ from serving.state import Desired, State
 from serving.supervise import MB, Plan, listen, reserve
 
 COUNT_SECONDS = 1.0
-FIRST_SECONDS = 10.0
-"""How long the first workers may have the machine for themselves: one that cannot load must not keep the rest away."""
-
-ALLOCATOR = {"_RJEM_MALLOC_CONF": "narenas:1,dirty_decay_ms:200,muzzy_decay_ms:0"}
-"""Of the jemalloc in deltalake, which would keep what each of its threads once needed: 40 MB after 200 appends. Not
-touched where it is set already."""
 
 Step = tuple[Callable[[], float | None], float | None]
 """What is repeated, and every how many seconds; None: it says."""
@@ -107,50 +100,8 @@ def _work(fleet: Fleet, steps: Sequence[Step], background: Background, stop: thr
 def _step(fleet: Fleet, background: Background) -> float:
     pause = fleet.step()
     if not fleet.current.entries or any(worker.phase == "accepting" for worker in fleet.members):
-        background.may_import.set()
+        background.may_start.set()
     return pause
-
-
-class Background:
-    """What needs Delta Lake and MLflow, whose import takes longer than all that a first answer needs: the log's way
-    into the lake, the aliases, the shadow. Imported and run beside the workers (`serving.background`), and after the
-    first ones answer, where there is something to answer with: they may have one core together."""
-
-    def __init__(self, settings: Settings, mlflow_url: str, stop: threading.Event) -> None:
-        self.settings, self.mlflow_url, self.stop = settings, mlflow_url, stop
-        self.ended = threading.Event()
-        """Set when no worker writes any more."""
-        self.may_import = threading.Event()
-        """Set when the first workers answer, or have nothing to load."""
-        self._prepared = threading.Event()
-        self._work: Callable[[threading.Event], None] | None = None
-        self._thread = threading.Thread(target=self._run, name="background")
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def finish(self) -> None:
-        """The workers have ended: bring what they wrote into the lake, and return."""
-        self.may_import.set()
-        self.ended.set()
-        self._prepared.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        self.may_import.wait(FIRST_SECONDS)
-        export(**{name: value for name, value in ALLOCATOR.items() if not variables(name)})
-        repeat(self._prepare, None, self._prepared)
-        if self._work is not None:
-            self._work(self.ended)
-
-    def _prepare(self) -> None:
-        """What fails here, as where the disk is full, is tried again: without it no alias is followed, and no row comes
-        into the lake."""
-        module = importlib.import_module("serving.background")
-        self._work = module.Work(self.settings, self.mlflow_url, self.stop).run
-        gc.freeze()  # what was imported stays: looking through it again holds everything up for 30 ms
-        self._prepared.set()
 
 
 def _count(metrics: Metrics, fleet: Fleet, folder: Path, shadow: ShadowCounts) -> None:

@@ -14,10 +14,8 @@ from pathlib import Path
 import psutil
 
 from noria.variables import child_environment
+from serving.ending import Wait, how
 
-SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Between an end and the next start; it doubles while ends come soon after one another."""
-STEADY_SECONDS = 60
 STUCK_CPU_SECONDS, STUCK_SECONDS = 120.0, 900.0
 """Without a sign of life for so long it is ended. Counted in processor time first: it runs only when others do not."""
 END_SECONDS = 5
@@ -31,7 +29,8 @@ class Process:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._started = self._retry_at = self._wait = 0.0
+        self._started = self._retry_at = 0.0
+        self._wait = Wait()
         self._sign: tuple[int, float, float] = (0, 0.0, 0.0)
         """Last sign of life; processor time and clock when it was first seen."""
 
@@ -69,13 +68,11 @@ class Process:
         self._sign = (-1, 0.0, self._started)
 
     def _ended(self, code: int) -> str:
-        steady = time.monotonic() - self._started > STEADY_SECONDS
-        self._wait = SHORTEST_WAIT if steady else min(LONGEST_WAIT, max(SHORTEST_WAIT, self._wait * 2))
-        self._retry_at = time.monotonic() + self._wait
+        wait = self._wait.after(time.monotonic() - self._started)
+        self._retry_at = time.monotonic() + wait
         self._close()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        logger.error("The shadow's process %s; it is started again in %.1f s.", how, self._wait)
-        return how
+        logger.error("The shadow's process %s; it is started again in %.1f s.", how(code), wait)
+        return how(code)
 
     def _check_life(self, process: subprocess.Popen[bytes]) -> None:
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from noria.errors import ServiceError
 from noria.runtime import Providers
 from noria.variables import child_environment
 from serving.config import Config
+from serving.ending import how
 
 BACKLOG = 2048
 MB = 2**20
@@ -124,7 +124,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 pass_fds=[plan.listener.fileno(), theirs],
                 process_group=0,  # not a session of its own: niceness would not count between it and the drain
-                env=child_environment(PYTHONPATH=_search_path(), **MEMORY),
+                env=child_environment(PYTHONPATH=search_path(), **MEMORY),
             )
         except BaseException:
             os.close(self._reports)
@@ -259,12 +259,11 @@ class Worker:
             self.drained = True
 
     def _ended(self, code: int) -> None:
-        how = f"was ended by {_signal(-code)}" if code < 0 else f"ended with code {code}"
         if self._loading is None:
-            self.failure = Failure(f"The worker {how} after {self.lived:.0f} s.")
+            self.failure = Failure(f"The worker {how(code)} after {self.lived:.0f} s.")
         else:
             workload, version = self._loading
-            self.failure = Failure(f"The worker {how} while it loaded version {version} of {workload}.", workload)
+            self.failure = Failure(f"The worker {how(code)} while it loaded version {version} of {workload}.", workload)
 
     def _check_limits(self) -> None:
         workload, version = self._loading or ("", 0)
@@ -285,13 +284,6 @@ class Worker:
             return 0
 
 
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # of those for real time only the first and the last have names
-        return f"signal {number}"
-
-
-def _search_path() -> str:
+def search_path() -> str:
     """Where this process finds its modules: the worker must find the same ones, whatever folder it is started in."""
     return ":".join(path for path in sys.path if path)

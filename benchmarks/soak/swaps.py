@@ -21,7 +21,8 @@ from benchmarks.serving.report import Figure, Section
 from benchmarks.soak.traffic import Kept, Traffic
 
 NAME = "small"
-WARM = 3.0
+WARM = 10.0
+"""Seconds of load before and after: until every process of the server has done what it does again and again."""
 CALM = 1.0
 """Seconds of load before each swap, and after it until the old process has surely ended."""
 LIMIT = 60.0

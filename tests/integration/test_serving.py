@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from registry.store import Store
 
 EVER = Window(datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
 RECORD = {"pickup": "2020-03-15T00:00:00", "vendor": "A", "distance": 2.0, "zone": 1}
+BACKGROUND = "serving.background"
 MAIN = (
     "import sys, logging; logging.basicConfig(level='INFO')\n"
     "from noria.settings import load_settings; from serving.reload import serve\n"
@@ -122,6 +124,14 @@ class Server:
     def workers(self, phase="accepting", loading=""):
         found = [one["pid"] for one in self.described() if (one["phase"], one["loading"]) == (phase, loading)]
         return [process for process in psutil.process_iter() if process.pid in found]
+
+    def running(self, module):
+        """The process of this server that runs a module."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # or a zombie, which psutil takes for a kind of that
+                if module in child.cmdline():
+                    return child
+        return None
 
     def log(self):
         return (self.home / "serving.log").read_text()
@@ -316,6 +326,29 @@ def durable(server):
     yield server
     del server.settings["NORIA_ACK"]
     server.stop()
+
+
+def test_what_follows_the_registry_may_be_killed(durable, registered, trips_schema):
+    """The process with MLflow and Delta Lake: a fault in it, or no memory left, holds up no request."""
+    earlier, worker = set(durable.logged(trips_schema)), durable.worker().pid
+    with Load(durable.url) as load:
+        load.wait_for(100)
+        killed = durable.running(BACKGROUND)
+        killed.kill()
+        load.wait_for(100)
+        wait(lambda: durable.running(BACKGROUND) not in (None, killed), what="a new one")
+        assert durable.worker().pid == worker
+        registered.move("trips", "champion", 2)
+        wait(lambda: durable.version() == 2, what=durable.log()[-3000:])
+        load.wait_for(100)
+    assert load.failures == []
+    assert "moves the log was ended by SIGKILL; it is started again in 0.5 s" in durable.log()
+    durable.settle()
+    assert sorted(set(durable.logged(trips_schema)) - earlier) == sorted(load.ids())
+    last = durable.running(BACKGROUND)
+    durable.kill()
+    wait(lambda: not psutil.pid_exists(last.pid), 10, "it ends with its parent")
+    durable.start()
 
 
 def test_killed_worker_and_parent_lose_and_repeat_nothing(durable, trips_schema):
