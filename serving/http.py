@@ -28,6 +28,8 @@ class Protocol(Refusing):
 
     held: Held
     """Set on a subclass that `protocol` makes, as `service` is."""
+    patience: float
+    """Seconds after which any of the limits on time may be reached. Set there, too."""
     draining = False
 
     # Connections
@@ -70,9 +72,10 @@ class Protocol(Refusing):
     def sweep(self, now: float) -> None:
         """Let go of a connection that takes too long."""
         waited, limits = now - self.since, self.limits
-        if self.holds.unread(self.transport.get_write_buffer_size(), now) > limits.idle_seconds:
+        unsent = self.transport.get_write_buffer_size()
+        if (unsent or self.holds.unsent) and self.holds.unread(unsent, now) > limits.idle_seconds:
             self.transport.abort()  # closing would wait until everything is read
-        if self.transport.is_closing():
+        if waited <= self.patience or self.transport.is_closing():
             return
         if self.reading == "headers" and waited > limits.header_seconds:
             self.refuse(Refusal(408, f"The headers did not arrive within {limits.header_seconds:g} s."))
@@ -265,4 +268,6 @@ class Protocol(Refusing):
 
 def protocol(service: Service) -> type[Protocol]:
     """The protocol class of a worker's connections."""
-    return type("Connection", (Protocol,), {"service": service, "held": Held()})
+    limits = service.limits
+    patience = min(limits.header_seconds, limits.body_seconds, limits.idle_seconds, LAST_WORDS_SECONDS)
+    return type("Connection", (Protocol,), {"service": service, "held": Held(), "patience": patience})

@@ -28,7 +28,7 @@ from serving.app import App
 from serving.batch import Call
 from serving.capture import Log
 from serving.config import Config
-from serving.connections import sweep
+from serving.connections import SWEEP_AT_ONCE, sweep
 from serving.engine import Engine
 from serving.guard import protection
 from serving.holding import Held
@@ -772,3 +772,25 @@ def test_a_grpc_call_has_its_line_too(noting):
     assert (infer["rows"], infer["version"], infer["received"]) == (1, 1, len(calls[1][1]))
     assert (infer["client"], infer["method"]) == ("127.0.0.1", "POST")
     assert infer["sent"] > 20 and infer["ms"] > 0
+
+
+def test_many_connections_are_looked_at_between_requests():
+    class Connection:
+        def sweep(self, _):
+            swept.append(self)
+
+    connections, swept = {Connection() for _ in range(1000)}, []
+    gone = list(connections)[900:]
+
+    async def others():
+        sweeping, most, before = asyncio.create_task(sweep(connections)), 0, 0
+        while len(swept) < 900:
+            await asyncio.sleep(0)
+            most, before = max(most, len(swept) - before), len(swept)
+            if swept:
+                connections.difference_update(gone)  # while the others are looked at
+        sweeping.cancel()
+        return most
+
+    assert asyncio.run(others()) <= SWEEP_AT_ONCE
+    assert not {id(one) for one in gone}.intersection(map(id, swept))
