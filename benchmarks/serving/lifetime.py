@@ -18,6 +18,7 @@ from benchmarks.serving.processes import Served, ask, free_port
 from benchmarks.serving.report import Figure, Section
 
 MEGABYTE = 2**20
+WORKER = "serving.worker"
 REQUESTS = 1_000_000
 LOOK = 0.25
 SETTLED = 0.2
@@ -57,8 +58,8 @@ def memory(bench: Bench) -> Section:
             name = "first" if number == 0 else "below it"
             resident = process.memory_info().rss / MEGABYTE
             section.rows.append([name, f"{resident:.0f}", " ".join(process.cmdline()[1:4])[:60]])
-        worker = max(served.memory()[1:] or served.memory()) / MEGABYTE
-    section.figures = [Figure("the largest process below the first", worker, "MB", 250, at_most=True)]
+        worker = max(served.memory(WORKER)) / MEGABYTE
+    section.figures = [Figure("the largest worker", worker, "MB", 250, at_most=True)]
     return section
 
 
@@ -114,10 +115,9 @@ def growth(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _watch(served: Served, samples: list[tuple[float, float, float]], stop: threading.Event) -> None:
-    """Note the time, the bytes of the process below the first that answers (a spare is smaller), and those of all."""
+    """Note the time, the bytes of the worker that answers (a spare is smaller), and those of all processes."""
     while not stop.wait(LOOK):
-        first, *below = served.memory()
-        samples.append((time.monotonic(), float(max(below, default=first)), float(first + sum(below))))
+        samples.append((time.monotonic(), float(max(served.memory(WORKER))), float(sum(served.memory()))))
 
 
 def _alone(bench: Bench) -> Server:

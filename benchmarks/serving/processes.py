@@ -48,12 +48,13 @@ class Served:
             return [root, *root.children(recursive=True)]
         return []
 
-    def memory(self) -> list[int]:
-        """Resident bytes of each process of the tree, the one that was started first."""
+    def memory(self, module: str = "") -> list[int]:
+        """Resident bytes of each process of the tree, or of those that run a module, the one that was started first."""
         found = []
         for process in self.tree():
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.append(int(process.memory_info().rss))
+                if not module or module in process.cmdline():
+                    found.append(int(process.memory_info().rss))
         return found
 
     def ask(self, path: str, body: Body) -> Answered:
