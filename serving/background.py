@@ -137,7 +137,7 @@ def _lines() -> Iterator[bytes]:
 
 def main() -> None:
     """The process's entry point."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")  # as `noria serve` does
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # whoever ends all processes means the parent, which ends this one last
     lines, stop, ended = _lines(), threading.Event(), threading.Event()

@@ -61,28 +61,48 @@ def test_a_registry_that_hangs_holds_up_neither_the_end_nor_the_log(silent, tmp_
         connection.close()
 
 
-def test_what_cannot_be_set_up_is_tried_again(tmp_path, identity_model, capfd):
+@pytest.fixture
+def stuck(tmp_path, capfd):
+    """The process where something is in the way of the log's folder, once it has said so."""
     settings = load_settings(home=tmp_path)
     settings.serving.mkdir()
     (settings.serving / "log").write_text("in the way of the folder")
-    stop = threading.Event()
-    slow = Background(settings, "", stop)
+    slow = Background(settings, "", threading.Event())
     slow.may_start.set()
     slow.start()
-    began = time.monotonic()
-    said = ""
+    began, said = time.monotonic(), ""
     while "A step of the server failed; it is tried again." not in said:
         assert time.monotonic() - began < 60
         time.sleep(0.05)
         said += capfd.readouterr().err
+    return slow
+
+
+def test_what_cannot_be_set_up_is_tried_again(stuck, identity_model):
+    """Nor does it end by a signal that its parent got, too: that one ends it last."""
+    settings, began = stuck.settings, time.monotonic()
+    children = psutil.Process().children()
+    (process,) = (child for child in children if "serving.background" in child.cmdline())
+    process.terminate()
     (settings.serving / "log").unlink()
     log_row(settings.serving / "log", identity_model)
     while list((settings.serving / "log" / "ready").iterdir()):
         assert time.monotonic() - began < 90
         time.sleep(0.05)
-    stop.set()
-    slow.finish()
+    assert process.is_running()
+    stuck.stop.set()
+    stuck.finish()
+    assert not process.is_running()
     assert len(Lake(str(settings.lake), "same", ANY).predictions(EVER)) == 1
+
+
+def test_what_cannot_be_set_up_holds_up_no_end(stuck):
+    stuck.stop.set()
+    ending = threading.Thread(target=stuck.finish, daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not ending.is_alive()
+    assert (stuck.settings.serving / "log").read_text() == "in the way of the folder"
 
 
 def system(root, groups, limits):
