@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 
 from noria.errors import TrainingError
 from noria.runtime import open_session, score
@@ -30,9 +31,14 @@ Parts = dict[str, Part]
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[None]:
+    """With one thread here, as its workers have: several add up in another order, and on some processors the last bit
+    of a sum tells."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     launch.connect()
     yield
     launch.disconnect()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
