@@ -1,7 +1,7 @@
 """The prediction log, on the side of the reconciler: whole segments go into the lake, once each.
 
 A segment is named (source, number), and the lake remembers the last number of each source in the same commit as its
-rows: a parent that was killed between commit and clean-up repeats itself without effect. Segments that a dead worker
+rows: a process that was killed between commit and clean-up repeats itself without effect. Segments that a dead worker
 left open are adopted; the half line at their end, if any, was never answered. Not here: writing (`serving.capture`).
 """
 

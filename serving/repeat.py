@@ -1,4 +1,4 @@
-"""A step that is called again and again, in a thread of the parent."""
+"""A step that is called again and again, in a thread of the server."""
 
 from __future__ import annotations
 
