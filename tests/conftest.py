@@ -250,6 +250,14 @@ def unsyncable() -> Callable[[Segment], None]:
     return make
 
 
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended, or is a zombie that nobody has waited for; it may go while it is looked at."""
+    try:
+        return not process.is_running() or bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def processes_of(home: Path) -> list[str]:
     """Commands of the processes that belong to a home."""
     found = []

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 import flows
+from tests.conftest import gone
 
 RELAY = Path(flows.__file__).with_name("run_warm.py")
 ENGINE = "import sys; from pathlib import Path; from flows.engine import Engine; Engine(Path(sys.argv[1])).serve()"
@@ -58,10 +59,6 @@ def wait(condition, seconds=30.0):
     return found
 
 
-def ended(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def test_a_run_has_the_callers_environment_folder_and_terminal(engine, folder):
     with relay(folder, "says") as run:
         said, complaints = run.communicate(timeout=30)
@@ -89,9 +86,9 @@ def test_a_signal_reaches_the_run_and_how_it_ended_comes_back(engine, folder):
 
 def test_killing_the_relay_kills_the_run(engine, folder):
     with relay(folder, "waits") as run:
-        pid = int(run.stdout.readline())
+        process = psutil.Process(int(run.stdout.readline()))
         run.kill()
-    wait(lambda: ended(pid))
+    wait(lambda: gone(process))
     with relay(folder, "leaves") as run:
         assert run.wait(30) == 7, "the engine goes on"
 
@@ -99,10 +96,10 @@ def test_killing_the_relay_kills_the_run(engine, folder):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_with_its_engine(engine, folder, how):
     with relay(folder, "waits") as run:
-        pid = int(run.stdout.readline())
+        process = psutil.Process(int(run.stdout.readline()))
         engine.send_signal(how)
         assert run.wait(30) == 70
-    wait(lambda: ended(pid))
+    wait(lambda: gone(process))
 
 
 def test_runs_do_not_wait_for_each_other(engine, folder):

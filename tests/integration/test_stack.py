@@ -22,6 +22,7 @@ from ferry import BEGIN, END, SHIFT, WEEK, WORKLOAD
 from flows.site import read_state
 from noria.records import Window
 from registry.store import Store
+from tests.conftest import gone
 
 DEPLOY = """
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_one_retrain_at_a_time_and_it_ends_when_cancelled(finished_loop, prefect
     prefect.send(f"flow_runs/{first}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     assert prefect.until(first, *FINAL)["type"] == "CANCELLED"
     _, alive = psutil.wait_procs(family, timeout=60)
-    assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not [one for one in alive if not gone(one)]
     # Failed, or what it had come to before the signal: nothing says any more that one is under way.
     assert store.notes("ferry")["noria.retrain"]["verdict"] is not None
 

@@ -12,6 +12,7 @@ import pytest
 from flows.site import Site, read_state, write_state
 from flows.stack import BACKOFF, down, end_orphans, end_tree, lock
 from noria.settings import Settings
+from tests.conftest import gone
 
 SLEEPER = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
 STUBBORN = """
@@ -85,10 +86,6 @@ def ready(home, supervisor):
 
 def process_of(state, name):
     return psutil.Process(state["services"][name]["pid"])
-
-
-def gone(process):
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_services_start_in_order_and_are_stopped_together(home, start):
