@@ -51,12 +51,14 @@ def check(
                 f"The exported graph gives scores of shape {found.shape}; one a row is needed: {expected.shape}."
             )
         off = np.abs(found - expected) / np.maximum(np.abs(expected), max(unit, 1e-30))
-        if not (off <= TOLERANCE).all():
-            row = int(np.argmin(off <= TOLERANCE))
+        wrong = ~(off <= TOLERANCE)
+        if wrong.any():
+            row = int(np.argmax(wrong))
             record = {name: values[row] for name, values in raw.items()}
             raise ParityError(
                 f"The exported graph gives {found[row]:g} instead of {expected[row]:g} in batches of {batch} for "
-                f"{record}; it must not be registered. Simplify the network, or report the wrong operator."
+                f"{record}, and {wrong.sum()} of {len(off)} rows are off by more than {TOLERANCE:g}; it must not be "
+                f"registered. Simplify the network, or report the wrong operator."
             )
         worst = max(worst, float(off.max()))
     few = {name: np.concatenate([many[name][:INDEPENDENT_ROWS], edges[name]]) for name in schema.names}
