@@ -137,7 +137,7 @@ def test_what_a_shadow_does_is_counted_for_prometheus(home):
     assert shadow.step()
     assert told("noria_shadow_rows_total", "trips", "2", "scored") == [2]
     *buckets, seconds = told("noria_shadow_run_duration_seconds", "trips", "2")
-    assert sum(buckets) == 1 and 0 < seconds < 1
+    assert sum(buckets) == 1 and seconds > 0
     assert told("noria_shadow_pending_rows", "trips") == told("noria_shadow_lag_seconds", "trips") == [0]
     status = Status(2, 1.0, "shadowing", "shadowing", dropped=5, restarts=1)
     for found, dropped in ((status, 5), (replace(status, dropped=7), 7), (replace(status, dropped=1), 8)):
