@@ -42,8 +42,15 @@ from serving.model import Model, load
 STREAM = Path(__file__).parent / "stream"
 """Folder of the workload that the stack of the tests runs."""
 TIERS = ("unit", "integration", "browser", "gpu")
-BESIDE = ("test_cluster.py", "test_soak.py", "test_training.py")
-"""Files of tests/integration that go with those that use the stack: two start a Ray of their own."""
+BESIDE = {
+    "ray": ("test_cluster.py", "test_soak.py", "test_training.py"),
+    "servers": (
+        "test_first_deployment.py", "test_fleet.py", "test_following.py", "test_repository.py", "test_rpc.py",
+        "test_serving.py", "test_shadowing.py",
+    ),
+}  # fmt: skip
+"""By mark, which names a run of tests/side_by_side.py: the files of tests/integration in it. What uses the stack is in
+the first, too, so that it has every Ray; what is in neither is in a third."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,8 +64,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if tier in Path(str(item.path)).parts:
                 item.add_marker(tier)
         shares = "site" in getattr(item, "fixturenames", ())
-        if shares or (item.path.name in BESIDE and item.path.parent.name == "integration"):
-            item.add_marker("beside")
+        for mark, files in BESIDE.items():
+            if (item.path.parent.name == "integration" and item.path.name in files) or (shares and mark == "ray"):
+                item.add_marker(mark)
         if shares:
             # The first of them starts the stack, and may live through the stream.
             item.add_marker(pytest.mark.timeout(1200))
