@@ -244,7 +244,7 @@ def test_the_open_loop_accounts_for_every_request(close, silent):
             return await drive(port, REQUEST, rate=200, seconds=0.5, connections=4)
 
     tally = asyncio.run(run())
-    assert tally.sent + tally.held == pytest.approx(100, abs=5)
+    assert tally.sent + tally.held == 100
     assert len(tally.fine) + len(tally.refused) + sum(tally.other.values()) + tally.broken == tally.sent
     if silent:
         assert tally.broken == tally.sent > 0
@@ -261,7 +261,9 @@ def test_a_tally_without_refusals_has_no_latency_for_them():
 def test_traffic_keeps_every_answer_and_every_failure(silent):
     def ask(port):
         with Traffic(port, "/", b"abc", clients=2, rate=100) as traffic:
-            time.sleep(0.5)
+            end = time.monotonic() + 30
+            while len(traffic.answers) <= 10 and not traffic.failures and time.monotonic() < end:
+                time.sleep(0.05)
         return traffic
 
     async def run():
