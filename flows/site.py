@@ -11,16 +11,24 @@ import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noria.errors import NoriaError, ServiceError, SettingsError, WorkloadError
-from noria.lake import Lake
 from noria.records import moment
 from noria.settings import Settings, load_settings
 from noria.variables import export
-from noria.workload import Workload, load
+
+if TYPE_CHECKING:
+    from noria.lake import Lake
+    from noria.workload import Workload
 
 STATE = "stack.json"
+
+
+def _load(path: str) -> Workload:
+    from noria.workload import load
+
+    return load(path)
 
 
 def read_state(home: Path) -> dict[str, Any]:
@@ -99,11 +107,13 @@ class Site:
 
     def lake(self, workload: Workload) -> Lake:
         """The lake's tables of a workload."""
+        from noria.lake import Lake
+
         return Lake(str(self.settings.lake), workload.name, workload.schema)
 
     def workload(self, name: str) -> Workload:
         """A workload by name (one of NORIA_WORKLOADS) or by import string. Raises WorkloadError."""
-        return load(self.path(name))
+        return _load(self.path(name))
 
     def path(self, name: str) -> str:
         """The import string of a workload given by name or import string."""
@@ -112,7 +122,7 @@ class Site:
         known: dict[str, str] = {}
         for path in self.settings.imports:
             try:
-                known[load(path).name] = path
+                known[_load(path).name] = path
             except NoriaError as error:
                 known[path] = f"does not load: {error}"
         if name not in known:

@@ -6,71 +6,28 @@ Not here: what a GPU is and how it is set up (`noria.gpu`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
-import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
 
 from noria.errors import SettingsError
-from noria.gpu import (
-    GpuOptions,
-    check_driver,
-    cuda_options,
-    engine_cache,
-    find_gpu,
-    tensorrt_options,
-    tensorrt_version,
-)
+from noria.gpu import GpuOptions, cuda_options, engine_cache, find_gpu, tensorrt_options, tensorrt_version
+from noria.providers import NAMES, ONNX_RUNTIME, Providers, go_on_without, require
 from noria.schema import Tensors
-from noria.variables import export
 
-Providers = Literal["auto", "cpu", "cuda", "tensorrt"]
 Runner = Callable[[Sequence[str], Mapping[str, np.ndarray]], list[np.ndarray]]
 """What gives a session's named outputs for one batch."""
 SCORE = "score"
 """Name of the graph's output: float32 [n], in the target's unit or a probability."""
-NAMES = {
-    "TensorrtExecutionProvider": "tensorrt",
-    "CUDAExecutionProvider": "cuda",
-    "CPUExecutionProvider": "cpu",
-}
-"""ONNX Runtime's names and ours, best first."""
-ONNX_RUNTIME = {ours: theirs for theirs, ours in NAMES.items()}
-DEVICE = Path("/dev/nvidiactl")
-"""There where a GPU is: `auto` says why it goes without one only then."""
 ANY_GPU = GpuOptions()
 
 logger = logging.getLogger(__name__)
-
-
-def require(wanted: Providers, device: int = 0) -> list[str]:
-    """Our names of the providers to ask for, best first; called at start, it says at once what is missing.
-
-    Raises:
-        SettingsError: `cuda` or `tensorrt` is wanted, and this machine cannot.
-    """
-    if wanted == "cpu":
-        return ["cpu"]
-    try:
-        _usable(wanted, device)
-    except SettingsError as error:
-        if wanted != "auto":
-            raise SettingsError(
-                f"NORIA_PROVIDERS={wanted} is not possible here: {error} Set it to auto or cpu to go without."
-            ) from None
-        if DEVICE.exists():
-            _warn_once(str(error))
-        return ["cpu"]
-    return ["tensorrt", "cuda", "cpu"] if wanted == "tensorrt" else ["cuda", "cpu"]
 
 
 def open_session(
@@ -89,7 +46,7 @@ def open_session(
     except SettingsError as error:
         if providers != "auto":
             raise
-        _warn_once(str(error))
+        go_on_without(str(error))
         return _session(model, {"cpu": {}}, threads)
     return session
 
@@ -169,22 +126,6 @@ def run_all(session: ort.InferenceSession, tensors: Tensors) -> Tensors:
     return dict(zip(names, run(session, names, tensors), strict=True))
 
 
-@cache
-def _usable(wanted: Providers, device: int) -> None:
-    """Find the GPU and load the libraries, once a process. Raises SettingsError."""
-    check_driver(find_gpu(device), getattr(ort, "cuda_version", ""))
-    if importlib.util.find_spec("nvidia"):  # NVIDIA's wheels: the loader does not look there by itself
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            ort.preload_dlls()
-        if said.getvalue().strip():
-            logger.warning("CUDA's libraries: %s", " ".join(said.getvalue().split()))
-    if wanted == "tensorrt":
-        # TensorRT's builder takes TF32 unless told otherwise, which is coarser than the proof allows.
-        export(NVIDIA_TF32_OVERRIDE="0")
-        tensorrt_version()
-
-
 def _on_gpu(model: Path | bytes, chain: Sequence[str], threads: int, gpu: GpuOptions) -> ort.InferenceSession:
     options: dict[str, dict[str, str]] = {"cuda": cuda_options(gpu), "cpu": {}}
     if chain[0] == "tensorrt":
@@ -237,8 +178,3 @@ def _strings(session: ort.InferenceSession) -> bool:
 def _device(memory: str) -> str:
     """ONNX Runtime's name of a memory ("Cuda", "CudaPinned", "Cpu") as a device to bind to."""
     return "cuda" if memory == "Cuda" else "cpu"
-
-
-@cache
-def _warn_once(sentence: str) -> None:
-    logger.warning("%s Going on with the CPU.", sentence)

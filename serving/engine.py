@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from noria.errors import BundleError
-from noria.runtime import Providers
+from noria.providers import Providers
 from serving.generation import Generation
 from serving.model import Model, load
 from serving.state import Desired, State, now, read

@@ -15,7 +15,8 @@ import onnx
 from onnx import shape_inference
 
 from noria.gpu import GpuOptions
-from noria.runtime import ANY_GPU, Providers
+from noria.providers import Providers
+from noria.runtime import ANY_GPU
 
 
 def gpu_options(model: Path, providers: Providers, sizes: Sequence[int]) -> GpuOptions:

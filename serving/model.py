@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime as ort
 
 from noria.errors import BundleError
-from noria.runtime import SCORE, Providers, Runner, nodes_by_provider, open_session, placed, provider_of, runner
+from noria.providers import Providers
+from noria.runtime import SCORE, Runner, nodes_by_provider, open_session, placed, provider_of, runner
 from registry.bundle import Bundle
 from registry.graph import check_file
 from registry.proof import ABSOLUTE, RELATIVE

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 
 from noria.runtime import SCORE
 from serving.datatypes import to_bytes
-from serving.model import Model
+
+if TYPE_CHECKING:
+    from serving.model import Model
 
 PREDICTION_ID = "prediction_id"
 

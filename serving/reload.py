@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from noria.errors import ServiceError
-from noria.runtime import Providers, require
+from noria.providers import Providers, require
 from noria.settings import Settings
 from serving import state, tally
 from serving.background_process import Background

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from noria.runtime import Providers
+from noria.providers import Providers
 from serving.app import App, Receive, Scope, Send
 from serving.attendance import attend
 from serving.config import Config

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import psutil
 
 from noria.errors import ServiceError
-from noria.runtime import Providers
+from noria.providers import Providers
 from noria.variables import child_environment
 from serving.config import Config
 from serving.ending import how

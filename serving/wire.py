@@ -8,13 +8,16 @@ client can get wrong is a `Refusal`. Not here: HTTP, gRPC, and the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import orjson
 
 from noria.errors import NoriaError
-from serving.outcome import Scored
+
+if TYPE_CHECKING:  # who only refuses does without what a model needs
+    import numpy as np
+
+    from serving.outcome import Scored
 
 RETRY = ((b"retry-after", b"1"),)
 """Headers of a refusal that a second may change."""

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from noria.errors import SettingsError
-from noria.runtime import require
+from noria.providers import require
 
 
 def needed(wanted):

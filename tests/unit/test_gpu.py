@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from noria.errors import SettingsError
 from noria.gpu import Gpu, GpuOptions, check_driver, cuda_options, engine_cache, find_gpu, tensorrt_options
-from noria.runtime import nodes_by_provider, open_session, placed, provider_of, require, run, run_bound
+from noria.providers import require
+from noria.runtime import nodes_by_provider, open_session, placed, provider_of, run, run_bound
 from noria.settings import load_settings
 from serving.hardware import gpu_options, profile
 from serving.reload import serve

@@ -186,6 +186,12 @@ def test_workloads_are_light_and_importing_them_does_nothing():
     assert not set(HEAVY) & set(found["modules"])
 
 
+def test_what_holds_the_socket_knows_neither_models_nor_tables():
+    """It starts the workers and lives as long as the server: what it does not load cannot end it, nor hold it up."""
+    found = imported("flows.cli", "serving.reload")
+    assert not {"onnx", "onnxruntime", "pyarrow", "deltalake", "mlflow", "grpc"} & set(found["modules"])
+
+
 @pytest.mark.parametrize("room", ["serving"])
 def test_serving_is_lean(room):
     found = imported(*[module for module in modules_of(room) if module != "serving.cluster"])
