@@ -30,10 +30,20 @@ class Pool:
         return [*self.leaving, *([self._spare] if self._spare else [])]
 
     def start(self, generation: int, path: Path) -> Worker:
-        """A worker that loads the generation in a file: the spare one, if there is one."""
-        worker, self._spare = self._spare or Worker(self.plan), None
+        """A worker that loads the generation in a file: the spare one, if there is one that has imported everything."""
+        worker = self._take_spare() or Worker(self.plan)
         worker.load(generation, path)
         return worker
+
+    def _take_spare(self) -> Worker | None:
+        spare = self._spare
+        if spare is None:
+            return None
+        spare.look()
+        if not spare.imported or spare.failure is not None:
+            return None  # where the processor is wanted, importing at a low priority may take long
+        self._spare = None
+        return spare
 
     def keep_spare(self) -> None:
         """One process that has imported everything waits for the next swap: most of a start is importing."""
@@ -45,7 +55,7 @@ class Pool:
                 self._spare, self._spare_at = None, time.monotonic() + SPARE_WAIT
         elif time.monotonic() >= self._spare_at:
             try:
-                self._spare = Worker(self.plan)
+                self._spare = Worker(self.plan, ahead=True)
             except OSError as error:  # those that answer go on without it
                 logger.error("No spare worker can be started (%s); it is tried again.", error)
                 self._spare_at = time.monotonic() + SPARE_WAIT

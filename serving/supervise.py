@@ -99,11 +99,14 @@ class Failure:
 class Worker:
     """A started worker process. Used by one thread, the one that started it."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Start it. Its standard input is the pipe that ends with this process. Raises OSError."""
-        self.plan, self.generation = plan, 0
+    def __init__(self, plan: Plan, *, ahead: bool = False) -> None:
+        """Start it; `ahead` of its time, so that it imports at a low priority. Its standard input is the pipe that ends
+        with this process. Raises OSError."""
+        self.plan, self.ahead, self.generation = plan, ahead, 0
         self.phase: Literal["spare", "loading", "loaded", "opening", "accepting"] = "spare"
         self.failure: Failure | None = None
+        self.imported = False
+        """It could load at once."""
         self.source = uuid.uuid4().hex[:12]
         """Names this process's life, in the prediction log and in the metrics."""
         self.seconds = 0.0
@@ -134,9 +137,9 @@ class Worker:
 
     def _command(self, reports: int) -> list[str]:
         command = [
-            sys.executable, "-m", "serving.worker", "--socket", str(self.plan.listener.fileno()),
-            "--report", str(reports), "--folder", str(self.plan.folder), "--source", self.source,
-            "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
+            sys.executable, "-m", *(["serving.spare"] if self.ahead else []), "serving.worker",
+            "--socket", str(self.plan.listener.fileno()), "--report", str(reports), "--folder", str(self.plan.folder),
+            "--source", self.source, "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
             "--providers", self.plan.providers,
         ]  # fmt: skip
         return command if self.plan.grpc_port is None else [*command, "--grpc", str(self.plan.grpc_port)]
@@ -253,6 +256,8 @@ class Worker:
         elif "loaded" in said:
             self.phase, self._loading = "loaded", None
             self.seconds, self.memory_mb = time.monotonic() - self._asked, said["memory_mb"]
+        elif "imported" in said:
+            self.imported = True
         elif "accepting" in said:
             self.phase = "accepting"
         elif "drained" in said:

@@ -249,6 +249,7 @@ def main() -> None:
     )  # fmt: skip
     config.load()
     server = Server(config, parent.tell, service, given.grpc)
+    parent.tell(imported=True)
     load(parent, engine, Path(parent.hear()))
     for model in engine.models.values():
         service.metrics.loaded(model.workload, model.version, model.provider)

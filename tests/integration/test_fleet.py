@@ -17,7 +17,7 @@ from registry.bundle import write
 from serving import everywhere, state
 from serving.fleet import Fleet
 from serving.state import Desired, State
-from serving.supervise import Plan, listen
+from serving.supervise import Plan, Worker, listen
 from tests.integration.test_repository import plain
 
 NAMES = ("one", "two", "three", "four")
@@ -439,6 +439,26 @@ def test_what_cannot_be_read_for_a_moment_goes_on_answering(driven):
     driven.ask("two", 2)
     driven.until(lambda: driven.versions()["two"] == 2)
     driven.until(lambda: driven.serves(*NAMES))
+
+
+def test_a_spare_that_has_not_imported_everything_is_not_waited_for(driven, monkeypatch):
+    def held_up(plan, *, ahead=False):
+        made = Worker(plan, ahead=ahead)
+        if ahead:
+            os.kill(made.pid, signal.SIGSTOP)
+        return made
+
+    monkeypatch.setattr("serving.pool.Worker", held_up)
+    driven.until(lambda: driven.serves(*NAMES) and driven.fleet.pool.all())
+    (spare,) = driven.fleet.pool.all()
+    driven.ask("one", 2)
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["one"] == 2)
+    assert spare in driven.fleet.pool.all()
+    os.kill(spare.pid, signal.SIGCONT)
+    driven.until(lambda: spare.imported)
+    driven.ask("one", 3)
+    driven.until(lambda: driven.serves(*NAMES) and driven.versions()["one"] == 3)
+    assert driven.fleet.members == [spare]
 
 
 @pytest.fixture
