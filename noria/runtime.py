@@ -1,7 +1,7 @@
-"""The one place that uses ONNX Runtime: open a session on what this machine has, and score rows with it.
+"""The one place that runs ONNX Runtime: open a session on what this machine has, and score rows with it.
 
 Where a GPU is asked for and not there, that is an error; what a session really runs on is told by `nodes_by_provider`.
-Not here: what a GPU is and how it is set up (`noria.gpu`).
+Not here: what there is to run on (`noria.providers`), what a GPU is and how it is set up (`noria.gpu`).
 """
 
 from __future__ import annotations

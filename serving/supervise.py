@@ -102,7 +102,7 @@ class Worker:
     def __init__(self, plan: Plan, *, ahead: bool = False) -> None:
         """Start it; `ahead` of its time, so that it imports at a low priority. Its standard input is the pipe that ends
         with this process. Raises OSError."""
-        self.plan, self.ahead, self.generation = plan, ahead, 0
+        self.plan, self.generation = plan, 0
         self.phase: Literal["spare", "loading", "loaded", "opening", "accepting"] = "spare"
         self.failure: Failure | None = None
         self.imported = False
@@ -123,7 +123,7 @@ class Worker:
         os.set_blocking(self._reports, False)
         try:
             self._process = subprocess.Popen(
-                self._command(theirs),
+                self._command(theirs, ahead),
                 stdin=subprocess.PIPE,
                 pass_fds=[plan.listener.fileno(), theirs],
                 process_group=0,  # not a session of its own: niceness would not count between it and the drain
@@ -135,9 +135,9 @@ class Worker:
         finally:
             os.close(theirs)
 
-    def _command(self, reports: int) -> list[str]:
+    def _command(self, reports: int, ahead: bool) -> list[str]:
         command = [
-            sys.executable, "-m", *(["serving.spare"] if self.ahead else []), "serving.worker",
+            sys.executable, "-m", *(["serving.spare"] if ahead else []), "serving.worker",
             "--socket", str(self.plan.listener.fileno()), "--report", str(reports), "--folder", str(self.plan.folder),
             "--source", self.source, "--number", str(next(NUMBERS)), "--config", self.plan.config.to_json(),
             "--providers", self.plan.providers,

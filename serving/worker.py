@@ -4,9 +4,9 @@
 
 Started by `serving.supervise`, which owns the socket and holds the other ends of two pipes. Standard input brings two
 lines: the generation's file, which may be long after the start (importing takes longer than loading, so the parent
-keeps a spare), and `go`, after which the worker accepts connections. When it ends, so has the parent, and the worker
-finishes what it is answering. On `--report` it says what it loads and when it is done. Never imports mlflow or
-deltalake.
+keeps a spare, `serving.spare`), and `go`, after which the worker accepts connections. When it ends, so has the parent,
+and the worker finishes what it is answering. On `--report` it says that it has imported everything, what it loads and
+when it is done. Never imports mlflow or deltalake.
 """
 
 from __future__ import annotations

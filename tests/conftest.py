@@ -38,19 +38,11 @@ from registry.proof import Proof
 from serving.capture import Segment
 from serving.datatypes import NUMPY
 from serving.model import Model, load
+from tests.side_by_side import BESIDE
 
 STREAM = Path(__file__).parent / "stream"
 """Folder of the workload that the stack of the tests runs."""
 TIERS = ("unit", "integration", "browser", "gpu")
-BESIDE = {
-    "ray": ("test_cluster.py", "test_soak.py", "test_training.py"),
-    "servers": (
-        "test_first_deployment.py", "test_fleet.py", "test_following.py", "test_repository.py", "test_rpc.py",
-        "test_serving.py", "test_shadowing.py",
-    ),
-}  # fmt: skip
-"""By mark, which names a run of tests/side_by_side.py: the files of tests/integration in it. What uses the stack is in
-the first, too, so that it has every Ray; what is in neither is in a third."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,8 +12,15 @@ import subprocess
 import sys
 import tempfile
 
-BESIDE = ("ray", "servers")
-"""Marks of the runs beside the one that is heard."""
+BESIDE = {
+    "ray": ("test_cluster.py", "test_soak.py", "test_training.py"),
+    "servers": (
+        "test_first_deployment.py", "test_fleet.py", "test_following.py", "test_repository.py", "test_rpc.py",
+        "test_serving.py", "test_shadowing.py",
+    ),
+}  # fmt: skip
+"""The runs beside the one that is heard: by mark the files of tests/integration that have it. What uses the stack has
+the first, too, so that one run has every Ray."""
 NOTHING_TO_RUN = 5
 """What pytest ends with where the arguments leave no test."""
 
